@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting of vmfork.conf: section, key, default, how its text is understood, one sentence for the manual.
+
+This table is the only place where a setting is named. The loader (config.py), vmfork.conf(5), `vmforkctl cat-config`
+and the shell completion are made from it. The sections `[Hook NN-name]` take the keys of `HOOK` and, for the shipped
+hooks, the rows of `HOOK_OWN`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting(Generic[T]):
+    """One setting; `parse` raises ValueError with what it wanted, and must accept `default`."""
+
+    section: str
+    key: str
+    default: str
+    parse: Callable[[str], T]
+    summary: str
+
+
+def boolean(text: str) -> bool:
+    """yes/no as systemd spells them."""
+    lowered = text.lower()
+    if lowered in ("yes", "y", "true", "t", "on", "1"):
+        return True
+    if lowered in ("no", "n", "false", "f", "off", "0"):
+        return False
+    raise ValueError("yes or no")
+
+
+def seconds(text: str) -> float:
+    """A finite span of time above zero: a number of seconds, or with one of the units ms, s, min, h."""
+    lowered = text.lower()
+    unit = next((name for name in _UNITS if lowered.endswith(name)), "")
+    try:
+        value = float(lowered.removesuffix(unit)) * _UNITS.get(unit, 1.0)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and 0 < value <= 86_400):
+        raise ValueError("a time such as 30, 500ms, 5min, of at most a day")
+    return value
+
+
+def seconds_or_zero(text: str) -> float:
+    """As `seconds`, but 0 turns the thing off."""
+    return 0.0 if text in ("0", "0s") else seconds(text)
+
+
+def choice(*words: str) -> Callable[[str], str]:
+    """One of these words, in any case."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError("one of " + ", ".join(words))
+        return text.lower()
+
+    return parse
+
+
+POLL_INTERVAL_SEC = Setting(
+    section="Detect",
+    key="PollIntervalSec",
+    default="1",
+    parse=seconds,
+    summary="How often truths are read while one of them has no live edge; with a live edge the daemon never polls.",
+)
+PHYSICAL_MEMORY = Setting(
+    section="Detect",
+    key="PhysicalMemory",
+    default="auto",
+    parse=choice("auto", "yes", "no"),
+    summary="Whether the generation ID may be read from /dev/mem; auto does so only where no other one is readable.",
+)
+UEVENT = Setting(
+    section="Detect",
+    key="Uevent",
+    default="auto",
+    parse=choice("auto", "no"),
+    summary="Whether to listen for the kernel's NEW_VMGENID=1 uevent (Linux 6.8.0 to 6.8.7 and some vendors).",
+)
+SYSGENID = Setting(
+    section="Publish",
+    key="SysGenId",
+    default="no",
+    parse=boolean,
+    summary="Whether to offer /dev/sysgenid to programs linked to AWS-LC; read docs/library.md about its hazard first.",
+)
+METRICS = Setting(
+    section="Publish",
+    key="Metrics",
+    default="yes",
+    parse=boolean,
+    summary="Whether to keep /run/vmfork/metrics.prom for a Prometheus textfile collector.",
+)
+IDENTITY = Setting(
+    section="React",
+    key="Identity",
+    default="auto",
+    parse=choice("auto", "rotate", "keep"),
+    summary="Whether a fork gives this guest a new identity; auto does so only with evidence that it is a clone.",
+)
+TEMPLATE = Setting(
+    section="React",
+    key="Template",
+    default="no",
+    parse=boolean,
+    summary="Whether this guest is a template, so that every fork of it is a clone that needs its own identity.",
+)
+TIMEOUT_SEC = Setting(
+    section="React",
+    key="TimeoutSec",
+    default="30",
+    parse=seconds,
+    summary="How long a hook may run before it is told to end; five seconds later it is killed.",
+)
+ACK_TIMEOUT_SEC = Setting(
+    section="React",
+    key="AckTimeoutSec",
+    default="10",
+    parse=seconds,
+    summary="How long the tracked subscribers may take to acknowledge a fork before it counts as settled without them.",
+)
+SPREAD_SEC = Setting(
+    section="React",
+    key="SpreadSec",
+    default="0",
+    parse=seconds_or_zero,
+    summary="Window over which clones spread what they ask of shared servers, each by its own fork token; 0 is off.",
+)
+
+GENERAL: tuple[Setting[float] | Setting[str] | Setting[bool], ...] = (
+    POLL_INTERVAL_SEC,
+    PHYSICAL_MEMORY,
+    UEVENT,
+    SYSGENID,
+    METRICS,
+    IDENTITY,
+    TEMPLATE,
+    TIMEOUT_SEC,
+    ACK_TIMEOUT_SEC,
+    SPREAD_SEC,
+)
+
+HOOK_ENABLE = Setting(
+    section="Hook",
+    key="Enable",
+    default="auto",
+    parse=choice("auto", "yes", "no"),
+    summary="Whether the hook runs; auto leaves it to the hook, which skips what this guest does not have.",
+)
+HOOK_TIMEOUT_SEC = Setting(
+    section="Hook",
+    key="TimeoutSec",
+    default="",
+    parse=lambda text: seconds(text) if text else None,
+    summary="The time-out of this hook; without it, TimeoutSec= of [React].",
+)
+
+
+def text(value: str) -> str:
+    """Any text: for keys whose action checks the value itself."""
+    return value
+
+
+# Keys of the shipped hooks beside Enable= and TimeoutSec=; the section names the hook.
+HOOK_OWN: tuple[Setting[str], ...] = ()
