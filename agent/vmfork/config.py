@@ -133,16 +133,17 @@ def _read(path: str) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(path, f"cannot be read: {error.strerror}", hint="its settings are ignored") from error
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ConfigError(path, "is not a regular file", hint="its settings are ignored")
-        try:
-            data = file.read(_MAX_BYTES + 1)
-            if len(data) > _MAX_BYTES:
-                raise ConfigError(path, f"is larger than {_MAX_BYTES} bytes", hint="its settings are ignored")
-            return data.decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(path, "is not a text file in UTF-8", hint="its settings are ignored") from error
+        data = os.read(descriptor, _MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ConfigError(path, f"is larger than {_MAX_BYTES} bytes", hint="its settings are ignored")
+        return data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(path, "is not a text file in UTF-8", hint="its settings are ignored") from error
+    finally:
+        os.close(descriptor)
 
 
 def parse(text: str, path: str, problems: list[str]) -> Iterator[Assignment]:
