@@ -99,6 +99,9 @@ class Paths:
     cloud_instance_id = _Below("/var/lib/cloud/data/instance-id")
     boot_id = _Below("/proc/sys/kernel/random/boot_id")
 
+    # The service manager.
+    systemd_runs = _Below("/run/systemd/system")
+
     # The kernel's random number generator.
     urandom = _Below("/dev/urandom")
     random = _Below("/dev/random")

@@ -9,9 +9,10 @@ hooks, the rows of `HOOK_OWN`.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -173,5 +174,110 @@ def text(value: str) -> str:
     return value
 
 
+def integer(minimum: int, maximum: int) -> Callable[[str], int]:
+    """A whole number from `minimum` to `maximum`."""
+
+    def parse(value: str) -> int:
+        try:
+            number = int(value, 10)
+        except ValueError:
+            number = minimum - 1
+        if not minimum <= number <= maximum:
+            raise ValueError(f"a whole number from {minimum} to {maximum}")
+        return number
+
+    return parse
+
+
+def words(value: str) -> tuple[str, ...]:
+    """Words separated by white space."""
+    return tuple(value.split())
+
+
+def command(value: str) -> tuple[str, ...]:
+    """A command line: split like a shell does (quotes, backslashes) but never run by one; the program is absolute."""
+    try:
+        argv = tuple(shlex.split(value))
+    except ValueError:
+        argv = ("",)
+    if argv and not argv[0].startswith("/"):
+        raise ValueError("a command line that begins with an absolute path")
+    return argv
+
+
 # Keys of the shipped hooks beside Enable= and TimeoutSec=; the section names the hook.
-HOOK_OWN: tuple[Setting[str], ...] = ()
+CLOCK_THRESHOLD_MS = Setting(
+    section="Hook 15-clock",
+    key="ThresholdMs",
+    default="100",
+    parse=integer(1, 86_400_000),
+    summary="How many milliseconds the clock must be wrong before it is stepped; at least 1500 where only an RTC is.",
+)
+CLOCK_DEVICES = Setting(
+    section="Hook 15-clock",
+    key="PtpDevices",
+    default="auto",
+    parse=words,
+    summary="PTP clocks to trust, such as /dev/ptp0; auto takes those of the hypervisor and no network card's.",
+)
+MACHINE_ID_RESTART = Setting(
+    section="Hook 20-machine-id",
+    key="RestartUnits",
+    default="systemd-networkd.service systemd-journald.service systemd-resolved.service",
+    parse=words,
+    summary="Running units that remember the machine ID and are restarted, in this order.",
+)
+SSH_VERIFY = Setting(
+    section="Hook 25-ssh-host-keys",
+    key="Verify",
+    default="yes",
+    parse=boolean,
+    summary="Whether to ask the sshd that listens on this machine which keys it presents afterwards.",
+)
+HOSTNAME_TEMPLATE = Setting(
+    section="Hook 30-hostname",
+    key="Template",
+    default="",
+    parse=text,
+    summary="The new host name, in which %t is the fork token (%8t: its first 8 hex digits); empty: no new name.",
+)
+HOSTNAME_COMMAND = Setting(
+    section="Hook 30-hostname",
+    key="Command",
+    default="",
+    parse=command,
+    summary="A command that prints the new host name; it gets the hook's environment.",
+)
+MAC_INTERFACES = Setting(
+    section="Hook 35-mac-address",
+    key="Interfaces",
+    default="",
+    parse=words,
+    summary="Network interfaces that get a new MAC address, as shell patterns such as eth*; empty: none.",
+)
+MAC_TEMPLATE = Setting(
+    section="Hook 35-mac-address",
+    key="Template",
+    default="%t",
+    parse=text,
+    summary="The new MAC address: %t makes it from fork token and interface; 52:54:00:%t keeps the given bytes.",
+)
+MAC_COMMAND = Setting(
+    section="Hook 35-mac-address",
+    key="Command",
+    default="",
+    parse=command,
+    summary="A command that prints the new MAC address of the interface named by its last argument.",
+)
+
+HOOK_OWN: tuple[Setting[Any], ...] = (
+    CLOCK_THRESHOLD_MS,
+    CLOCK_DEVICES,
+    MACHINE_ID_RESTART,
+    SSH_VERIFY,
+    HOSTNAME_TEMPLATE,
+    HOSTNAME_COMMAND,
+    MAC_INTERFACES,
+    MAC_TEMPLATE,
+    MAC_COMMAND,
+)
