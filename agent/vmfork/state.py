@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the detector remembers: in RAM for a restart of the daemon, on disk for the next boot.
+
+/run/vmforkd/detector.json lives in the guest's memory, so it travels with a snapshot and each clone has its own. It is
+written before the page is: a detector that is killed in between finds there what it was about to publish. On disk,
+state.json names the last fork whose reaction ended and the ID it led to: until then a power cut makes the next boot
+see the fork again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vmfork import atomicfile
+from vmfork.errors import InputError
+from vmfork.jsonfields import Fields, JsonObject, parse_object
+from vmfork.model import ForkEvent
+from vmfork.paths import Paths
+
+_VERSION = 1
+_MAX_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remembered:
+    """detector.json: where the detector was in this boot.
+
+    `kmsg_sequence` is the last record of the kernel's log that was taken into account; `event` the newest fork;
+    `handled` whether its reaction ended; `early_done` whether the early boot already edited files for it; `credits` end
+    at these values of CLOCK_MONOTONIC (ns).
+    """
+
+    boot_id: str
+    generation: int = 1
+    kmsg_sequence: int | None = None
+    truths: Mapping[str, bytes] = field(default_factory=dict)
+    credits: Mapping[str, int] = field(default_factory=dict)
+    interrupts: Mapping[str, int] = field(default_factory=dict)
+    tag_key: bytes = b""
+    event: ForkEvent | None = None
+    handled: bool = True
+
+    def to_json(self) -> JsonObject:
+        return {
+            "version": _VERSION,
+            "boot_id": self.boot_id,
+            "generation": self.generation,
+            "kmsg_sequence": self.kmsg_sequence,
+            "truths": {name: value.hex() for name, value in self.truths.items()},
+            "credits": dict(self.credits),
+            "interrupts": dict(self.interrupts),
+            "tag_key": self.tag_key.hex(),
+            "event": None if self.event is None else self.event.to_json(with_ids=True),
+            "handled": self.handled,
+        }
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> Remembered:
+        truths, credit, interrupts = (fields.object(name) for name in ("truths", "credits", "interrupts"))
+        event = fields.object_or_none("event")
+        return cls(
+            boot_id=fields.text("boot_id"),
+            generation=fields.integer("generation", minimum=1),
+            kmsg_sequence=fields.integer_or_none("kmsg_sequence"),
+            truths={name: truths.hex_or_none(name) or b"" for name in truths},
+            credits={name: credit.integer(name) for name in credit},
+            interrupts={name: interrupts.integer(name) for name in interrupts},
+            tag_key=fields.hex_or_none("tag_key") or b"",
+            event=None if event is None else ForkEvent.from_json(event),
+            handled=fields.flag("handled", default=True),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """state.json: what the next boot compares with. `handled_token` is the last fork whose reaction ended."""
+
+    generation: int = 1
+    boot_id: str | None = None
+    handled_token: bytes | None = None
+    generation_id: bytes | None = None
+    smbios_uuid: str | None = None
+    instance_id: str | None = None
+
+    def to_json(self) -> JsonObject:
+        return {
+            "version": _VERSION,
+            "generation": self.generation,
+            "boot_id": self.boot_id,
+            "handled_token": None if self.handled_token is None else self.handled_token.hex(),
+            "generation_id": None if self.generation_id is None else self.generation_id.hex(),
+            "smbios_uuid": self.smbios_uuid,
+            "instance_id": self.instance_id,
+        }
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> Saved:
+        return cls(
+            generation=fields.integer("generation", minimum=1),
+            boot_id=fields.text_or_none("boot_id"),
+            handled_token=fields.hex_or_none("handled_token", size=16),
+            generation_id=fields.hex_or_none("generation_id", size=16),
+            smbios_uuid=fields.text_or_none("smbios_uuid"),
+            instance_id=fields.text_or_none("instance_id"),
+        )
+
+
+def boot_id(paths: Paths) -> str:
+    """This boot's ID; "unknown" where the kernel does not show it. It never changes at a fork."""
+    try:
+        return atomicfile.read_bounded(paths.boot_id, 64).decode("ascii").strip() or "unknown"
+    except (OSError, InputError, UnicodeDecodeError):
+        return "unknown"
+
+
+def load_remembered(paths: Paths) -> Remembered | None:
+    """detector.json, None if there is none; InputError if it is broken."""
+    fields = _load(paths.detector_memory)
+    return None if fields is None else Remembered.from_json(fields)
+
+
+def load_saved(paths: Paths) -> Saved | None:
+    """state.json, None if there is none; InputError if it is broken."""
+    fields = _load(paths.state)
+    return None if fields is None else Saved.from_json(fields)
+
+
+def store_remembered(paths: Paths, remembered: Remembered) -> None:
+    """Before the page; in RAM, so without fsync."""
+    atomicfile.replace(paths.detector_memory, _dump(remembered.to_json()), durable=False)
+
+
+def store_saved(paths: Paths, saved: Saved) -> None:
+    """Survives a power cut."""
+    atomicfile.replace(paths.state, _dump(saved.to_json()), durable=True)
+
+
+def set_aside(path: str) -> str:
+    """Keep a broken file for whoever wants to know what happened; returns its new name."""
+    kept = f"{path}.broken"
+    os.rename(path, kept)
+    return kept
+
+
+def _dump(obj: JsonObject) -> bytes:
+    return json.dumps(obj, separators=(",", ":")).encode() + b"\n"
+
+
+def _load(path: str) -> Fields | None:
+    try:
+        return parse_object(atomicfile.read_bounded(path, _MAX_BYTES), path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(path, f"cannot be read: {error.strerror}") from error
