@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds the Debian packages from the files that git knows, in a copy, so that nothing is left in the tree.
+# Builds the Debian packages in a copy of the tree, so that nothing is left in the tree.
 # usage: debian/build.sh OUTPUT-DIRECTORY
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -25,9 +25,9 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/vmfork"
-# Tracked files as they are now, committed or not; without git (a source package) everything.
+# Files that git does not ignore, committed or not; without git (a source package) everything.
 if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
-    git ls-files -z | while IFS= read -r -d '' file; do if [ -e "$file" ]; then printf '%s\0' "$file"; fi; done |
+    git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do if [ -e "$file" ]; then printf '%s\0' "$file"; fi; done |
         tar -c --null -T - -f -
 else
     tar -c --exclude=./build --exclude=./.venv -f - .
