@@ -60,6 +60,7 @@ class Paths:
     admin_socket = _Below("/run/vmforkd/admin")
     detector_memory = _Below("/run/vmforkd/detector.json")
     react_lock = _Below("/run/vmforkd/react.lock")
+    react_hooks = _Below("/run/vmforkd/react.hooks")
     template_mark_run = _Below("/run/vmforkd/template")
 
     # What survives a power cycle.
@@ -102,7 +103,35 @@ class Paths:
     # The service manager.
     systemd_runs = _Below("/run/systemd/system")
 
+    # The reactor's view of the process table.
+    processes = _Below("/proc")
+
     # The kernel's random number generator.
     urandom = _Below("/dev/urandom")
     random = _Below("/dev/random")
     hwrng = _Below("/dev/hwrng")
+    hwrng_current = _Below("/sys/class/misc/hw_random/rng_current")
+    entropy_available = _Below("/proc/sys/kernel/random/entropy_avail")
+    random_seed = _Below("/var/lib/systemd/random-seed")
+    random_seed_service = _Below("/usr/lib/systemd/systemd-random-seed")
+
+    # Clocks.
+    ptp_class = _Below("/sys/class/ptp")
+    rtc_epoch = _Below("/sys/class/rtc/rtc0/since_epoch")
+    adjtime = _Below("/etc/adjtime")
+    chronyd_socket = _Below("/run/chrony/chronyd.sock")
+
+    # Identity.
+    machine_id = _Below("/etc/machine-id")
+    machine_id_run = _Below("/run/machine-id")
+    machine_id_dbus = _Below("/var/lib/dbus/machine-id")
+    kernel_command_line = _Below("/proc/cmdline")
+    system_credentials = _Below("/run/credentials/@system")
+    journal_run = _Below("/run/log/journal")
+    journal_var = _Below("/var/log/journal")
+    processes = _Below("/proc")
+    sshd_config = _Below("/etc/ssh/sshd_config")
+    sshd_pid = _Below("/run/sshd.pid")
+    hostname = _Below("/etc/hostname")
+    hosts = _Below("/etc/hosts")
+    mailname = _Below("/etc/mailname")

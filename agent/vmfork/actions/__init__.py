@@ -28,7 +28,14 @@ OK, FAILED, USAGE, RETRY, SKIPPED = 0, 1, 2, 75, 77
 _MAX_EVENT = 1 << 20
 
 # Every action's module defines ACTION; the order is that of the hooks.
-_MODULES: Mapping[str, str] = {}
+_MODULES: Mapping[str, str] = {
+    "rng": "rng",
+    "clock": "clock",
+    "machine-id": "machine_id",
+    "ssh-host-keys": "ssh_host_keys",
+    "hostname": "hostname",
+    "mac-address": "mac_address",
+}
 
 
 def find(name: str) -> Action:
