@@ -129,7 +129,6 @@ class Paths:
     system_credentials = _Below("/run/credentials/@system")
     journal_run = _Below("/run/log/journal")
     journal_var = _Below("/var/log/journal")
-    processes = _Below("/proc")
     sshd_config = _Below("/etc/ssh/sshd_config")
     sshd_pid = _Below("/run/sshd.pid")
     hostname = _Below("/etc/hostname")

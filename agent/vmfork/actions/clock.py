@@ -97,9 +97,9 @@ def after_fork(context: ActionContext) -> None:
 def references(context: ActionContext) -> tuple[Reference, ...]:
     """The clocks to try, best first."""
     paths, threshold = context.paths, context.get(settings.CLOCK_THRESHOLD_MS)
+    devices = context.get(settings.CLOCK_DEVICES)
     found: list[Reference] = [
-        PtpReference(paths=paths, clock=clock, threshold_ms=threshold)
-        for clock in ptp.clocks(paths, context.get(settings.CLOCK_DEVICES))
+        PtpReference(paths=paths, clock=clock, threshold_ms=threshold) for clock in ptp.clocks(paths, devices)
     ]
     if os.path.exists(paths.rtc_epoch):
         if rtc_is_local(paths):
@@ -155,6 +155,9 @@ def _step(context: ActionContext, reference: Reference, offset: int) -> None:
         _tell(context, chrony, "makestep")
     try:
         offset = reference.offset_ns(exact=True)
+        if not is_wrong(offset, reference):
+            context.say(f"chronyd's last correction was enough: {describe(offset)} of {reference.name}")
+            return
         time.clock_settime_ns(time.CLOCK_REALTIME, time.clock_gettime_ns(time.CLOCK_REALTIME) + offset)
         rest = reference.offset_ns(exact=True)
     except AbsentError as error:

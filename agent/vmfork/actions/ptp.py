@@ -125,9 +125,8 @@ def seconds_to_utc(paths: Paths, clock: Clock) -> int:
 def vmclock_to_utc(page: bytes, name: str, version: tuple[int, int]) -> int:
     """What to add to the PTP time of a vmclock with this page, as the driver of this kernel version presents it.
 
-    Linux 7.0 made the PTP time TAI (commit series 20260130173704.12575-1-itazur, patch "provide TAI"); from 6.13 to
-    6.19 it was UTC, but with the offset's sign reversed for a device that counts in TAI. Older kernels have the driver
-    only as a backport of either.
+    Linux 7.0 made the PTP time TAI (series 20260130173704.12575-1-itazur@amazon.com); from 6.13 to 6.19 it was UTC, but
+    for a device that counts in TAI the sign of the offset is in doubt. Older kernels have a backport of either.
     """
     if len(page) < _VMCLOCK_PAGE.size:
         raise AbsentError(f"{name}: the page is too short")
