@@ -3,6 +3,8 @@
 # Builds the Debian packages in a copy of the tree, so that nothing is left in the tree.
 # usage: debian/build.sh OUTPUT-DIRECTORY
 set -eu
+# The distribution's tools only: a Python of the developer's own in PATH does not build packages.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 
