@@ -35,9 +35,10 @@ else
     tar -c --exclude=./build --exclude=./.venv -f - .
 fi | tar -x -C "$work/vmfork" -f -
 
-log=$work/build.log
+log=$out/build.log
 if ! (cd "$work/vmfork" && dpkg-buildpackage -us -uc -b) >"$log" 2>&1; then
-    cat "$log" >&2
+    tail -n 20 "$log" >&2
+    echo "deb: the build failed; all of it is in $log" >&2
     exit 1
 fi
 rm -f "$out"/*.deb "$out"/*.changes "$out"/*.buildinfo

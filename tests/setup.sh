@@ -32,7 +32,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     fi
     say "installing ${#missing[@]} Debian packages: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    apt=(apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
+    apt=(apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confold)
     install=("${apt[@]}" install -y --no-install-recommends "${missing[@]}")
     # The lists may be absent (a fresh container) or name versions that the mirror no longer has: look once more.
     if ! "${apt[@]}" -s install --no-install-recommends "${missing[@]}" >/dev/null 2>&1; then
