@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One varlink call as the service sees it: what is asked, by whom, and the way to answer.
+
+A call is answered by exactly one final `reply` or `error`, at once or later; a call with `more` may be sent replies
+with `continues` before that. Answers to a oneway call, or to a peer that has gone, are dropped silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmfork.errors import InputError, ProtocolError
+from vmfork.jsonfields import Fields, JsonObject, JsonValue
+from vmfork.varlink import framing
+
+if TYPE_CHECKING:
+    from vmfork.varlink.connection import Connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Who connected, as the kernel noted it at connect(): uid in our user namespace, pid in ours or 0.
+
+    No proof of privilege: uid 0 may be the root of a container that was given the socket.
+    """
+
+    uid: int
+    pid: int
+
+
+class InvalidParameter(InputError):
+    """A parameter of a call has a wrong type or value; `parameter` names it."""
+
+    def __init__(self, place: str, parameter: str, wanted: str) -> None:
+        super().__init__(place, f"parameter {parameter!r} is not {wanted}")
+        self.parameter = parameter
+
+
+class Parameters(Fields):
+    """A call's parameters; a getter that finds something else than it wants raises InvalidParameter."""
+
+    __slots__ = ()
+
+    def wrong(self, name: str, wanted: str) -> InvalidParameter:
+        return InvalidParameter(self.place, name, wanted)
+
+
+class Call:
+    """One call in progress on `connection`."""
+
+    __slots__ = ("connection", "finished", "held", "method", "more", "oneway", "parameters", "values")
+
+    def __init__(self, connection: Connection, message: JsonObject) -> None:
+        """ProtocolError if the message is no call."""
+        place = f"varlink peer {connection.peer.pid}"
+        fields = Fields(message, place)
+        try:
+            self.method = fields.text("method")
+            self.more = fields.flag("more")
+            self.oneway = fields.flag("oneway")
+            upgrade = fields.flag("upgrade")
+        except InputError as error:
+            raise ProtocolError(place, f"sent something that is no call: {error.problem}") from error
+        values = message.get("parameters")
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ProtocolError(place, "sent a call whose parameters are no object")
+        if upgrade or (self.more and self.oneway):
+            raise ProtocolError(place, "sent a call with flags that cannot be served")
+        self.connection = connection
+        self.values = values
+        self.parameters = Parameters(values, f"call of {self.method}")
+        self.finished = False
+        self.held: list[bytes] = []
+
+    @property
+    def peer(self) -> Peer:
+        return self.connection.peer
+
+    def reply(self, parameters: Mapping[str, JsonValue] | None = None, *, continues: bool = False) -> None:
+        """Answer; with `continues` (only where the call asked for `more`) the call stays open for the next reply."""
+        if continues and not self.more:
+            raise ValueError(f"{self.method} was called without more: it gets one reply")
+        self._deliver(framing.encode_reply(parameters, continues=continues), final=not continues)
+
+    def error(self, name: str, parameters: Mapping[str, JsonValue] | None = None) -> None:
+        """Answer with an error, by its qualified name."""
+        self._deliver(framing.encode_error(name, parameters), final=True)
+
+    def _deliver(self, message: bytes, *, final: bool) -> None:
+        if self.finished:
+            raise ValueError(f"{self.method} was already answered")
+        self.finished = final
+        if not self.oneway and not self.connection.closed:
+            self.connection.deliver(self, message, final=final)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One client of a varlink server: reads its calls, queues the answers, and holds it to the limits.
+
+Never blocks. Calls are run one after the other and answered in order; a client that does not read its answers is not
+read from either, and is dropped when what waits for it exceeds its queue. Broken input drops the connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmfork.errors import ProtocolError
+from vmfork.varlink.call import Call, Peer
+from vmfork.varlink.framing import CALL_LIMIT, Decoder
+
+log = logging.getLogger(__name__)
+
+_READ_SIZE = 16 * 1024
+_SEND_BUFFER = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What clients may use. Sizes in bytes; `buffered` counts what is queued in both directions.
+
+    Root has a bound as well, below the total: the root of a container must not lock everybody else out.
+    """
+
+    connections: int = 4096
+    connections_per_uid: int = 1200
+    connections_of_root: int = 2400
+    message: int = CALL_LIMIT
+    queue: int = 128 * 1024
+    buffered: int = 64 * 1024 * 1024
+    buffered_per_uid: int = 16 * 1024 * 1024
+    calls_per_turn: int = 8
+    accepts_per_turn: int = 64
+
+
+class Owner(Protocol):
+    """What a connection needs of its server."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def selector(self) -> selectors.BaseSelector: ...
+
+    def runs_beside_stream(self, method: str) -> bool: ...
+
+    def dispatch(self, call: Call) -> None: ...
+
+    def charge(self, connection: Connection, amount: int) -> bool: ...
+
+    def forget(self, connection: Connection) -> None: ...
+
+
+class Connection:
+    """One connected client. `on_close` is called once, when the connection has ended for whatever reason."""
+
+    __slots__ = (
+        "_calls",
+        "_charged",
+        "_decoder",
+        "_ended",
+        "_interest",
+        "_output",
+        "_owner",
+        "_queued",
+        "_socket",
+        "_waiting",
+        "closed",
+        "on_close",
+        "peer",
+    )
+
+    def __init__(self, sock: socket.socket, peer: Peer, owner: Owner) -> None:
+        sock.settimeout(0)
+        # What the kernel holds for a client that does not read is charged to the server's control group.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        self.peer = peer
+        self.closed = False
+        self.on_close: Callable[[], None] | None = None
+        self._owner = owner
+        self._socket = sock
+        self._decoder = Decoder(limit=owner.limits.message, place=f"varlink peer {peer.pid}")
+        self._calls: deque[Call] = deque()
+        self._waiting: Call | None = None
+        self._output: deque[memoryview] = deque()
+        self._queued = 0
+        self._charged = 0
+        self._ended = False
+        self._interest = selectors.EVENT_READ
+        owner.selector.register(sock, self._interest, self._ready)
+
+    def send_encoded(self, message: bytes) -> None:
+        """Send a reply with `continues`, encoded once for many streams. May close the connection, and so call
+        `on_close`: iterate over a copy of the subscribers."""
+        self._send(message)
+        self._settle()
+
+    def close(self, reason: str) -> None:
+        """End the connection at once; calls in progress stay unanswered."""
+        if self.closed:
+            return
+        self.closed = True
+        log.debug("varlink peer %d (uid %d): %s", self.peer.pid, self.peer.uid, reason)
+        self._owner.selector.unregister(self._socket)
+        self._socket.close()
+        self._owner.charge(self, -self._charged)
+        self._calls.clear()
+        self._output.clear()
+        self._waiting = None
+        self._decoder.clear()
+        self._owner.forget(self)
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
+
+    def deliver(self, call: Call, message: bytes, *, final: bool) -> None:
+        """For Call: send this answer now, or hold it until the calls before it are answered."""
+        if self._calls[0] is call:
+            self._send(message)
+        else:
+            call.held.append(message)
+            self._queued += len(message)
+            if self._queued > self._owner.limits.queue:
+                self.close("makes too many calls beside a stream")
+        if final:
+            self._release()
+        self._settle()
+
+    def _release(self) -> None:
+        """Forget answered calls at the front, and send what was held behind them."""
+        while self._calls and self._calls[0].finished:
+            self._calls.popleft()
+            if self._calls:
+                held, self._calls[0].held = self._calls[0].held, []
+                for message in held:
+                    self._queued -= len(message)
+                    self._send(message)
+
+    def _ready(self, mask: int) -> None:
+        if self.closed:
+            return
+        try:
+            if mask & selectors.EVENT_WRITE:
+                self._flush()
+            if mask & selectors.EVENT_READ and not self.closed:
+                self._receive()
+            self._run_calls()
+        except ProtocolError as error:
+            self.close(error.problem)
+        self._settle()
+
+    def _receive(self) -> None:
+        try:
+            data = self._socket.recv(_READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(f"lost: {error.strerror}")
+            return
+        if not data:
+            self._ended = True
+            return
+        self._decoder.feed(data)
+        if self._waiting is not None and len(self._decoder) > self._owner.limits.message:
+            raise ProtocolError(self._decoder.place, "made too many calls without waiting for an answer")
+
+    def _run_calls(self) -> None:
+        for _ in range(self._owner.limits.calls_per_turn):
+            # A client that does not read its answers gets no new ones.
+            if self.closed or self._output:
+                return
+            call, self._waiting = self._waiting or self._parse(), None
+            if call is None:
+                return
+            if self._calls and not self._owner.runs_beside_stream(call.method):
+                self._waiting = call
+                return
+            if not call.oneway:
+                self._calls.append(call)
+            self._owner.dispatch(call)
+
+    def _parse(self) -> Call | None:
+        message = self._decoder.take()
+        return None if message is None else Call(self, message)
+
+    def _send(self, message: bytes) -> None:
+        if self.closed:
+            return
+        sent = 0
+        if not self._output:
+            try:
+                sent = self._socket.send(message)
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as error:
+                self.close(f"lost: {error.strerror}")
+                return
+        elif self._queued + len(message) > self._owner.limits.queue:
+            self.close("does not read what it asked for")
+            return
+        if sent < len(message):
+            self._output.append(memoryview(message)[sent:])
+            self._queued += len(message) - sent
+
+    def _flush(self) -> None:
+        while self._output:
+            try:
+                sent = self._socket.send(self._output[0])
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self.close(f"lost: {error.strerror}")
+                return
+            self._queued -= sent
+            rest = self._output.popleft()[sent:]
+            if rest:
+                self._output.appendleft(rest)
+
+    def _settle(self) -> None:
+        """After anything happened: account for the buffers, and ask the selector for what is next."""
+        if self.closed:
+            return
+        used = self._queued + len(self._decoder)
+        if used != self._charged:
+            amount, self._charged = used - self._charged, used
+            if not self._owner.charge(self, amount):
+                self.close("its user has too much waiting")
+                return
+        runnable = self._decoder.has_message if self._waiting is None else not self._calls
+        if self._ended and not self._output and not runnable:
+            self.close("has gone")
+            return
+        # Calls that are already read run at the next turn of the loop, after everybody else's: a writable socket
+        # reports at once. A client with output waiting is not read from.
+        interest = selectors.EVENT_WRITE if self._output or runnable else selectors.EVENT_READ
+        if interest != self._interest:
+            self._interest = interest
+            self._owner.selector.modify(self._socket, interest, self._ready)
