@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The character device /dev/vmclockN (Linux 6.13 or newer): one descriptor, read for its value and polled for changes.
+
+Since Linux 7.0 poll() reports POLLIN until that very descriptor is read, so whoever polls and whoever reads must share
+one `VmclockDevice`. It is never mapped: Python has no read barriers, and in read() the kernel takes care of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+
+from vmfork.errors import AbsentError, InputError
+from vmfork.paths import Paths
+from vmfork.truths.sysfile import absent, shown
+from vmfork.truths.vmclockabi import PAGE_BYTES, VmclockPage, counter_bytes, parse
+
+_NAME = re.compile(r"vmclock(0|[1-9][0-9]{0,5})", re.ASCII)
+
+# A hypervisor updates the page in far less; the kernel's own read() gives up after 100 ms with ETIMEDOUT.
+_UPDATE_SEC = 0.005
+_UPDATE_PAUSE_SEC = 0.0002
+
+
+class VmclockDevice:
+    """The vmclock with the smallest number that can be understood; opened when first needed, then kept open.
+
+    `update_sec` bounds how long a read waits for the hypervisor to finish an update.
+    """
+
+    def __init__(self, paths: Paths, *, update_sec: float = _UPDATE_SEC) -> None:
+        self._paths = paths
+        self._update_sec = update_sec
+        self._fd = -1
+        self._path = paths.devices + "/vmclock0"
+
+    @property
+    def path(self) -> str:
+        """The device's path, fit for a message; that of the first possible device while none is open."""
+        return shown(self._path)
+
+    def fileno(self) -> int:
+        """The descriptor to poll; AbsentError or InputError where there is no device to open."""
+        if self._fd < 0:
+            self._open()
+        return self._fd
+
+    def read(self) -> VmclockPage:
+        """One consistent page; it also clears POLLIN. AbsentError or InputError where there is none this time."""
+        if self._fd >= 0 and self._paths.is_fake and self._is_replaced():
+            self.close()
+        return _consistent(self.fileno(), self._path, self._update_sec)
+
+    def close(self) -> None:
+        """Give the descriptor back; a later call opens the device anew."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _is_replaced(self) -> bool:
+        # Below a root the page is a file that changes by rename; a device node of the running system stays.
+        try:
+            now = os.stat(self._path)
+        except OSError:
+            return True
+        then = os.fstat(self._fd)
+        return (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino)
+
+    def _open(self) -> None:
+        problems: list[AbsentError | InputError] = []
+        for path in self._candidates():
+            try:
+                fd = _opened(path)
+            except AbsentError as error:
+                problems.append(error)
+                continue
+            try:
+                _consistent(fd, path, self._update_sec)
+            except (AbsentError, InputError) as error:
+                os.close(fd)
+                problems.append(error)
+                continue
+            self._fd, self._path = fd, path
+            return
+        if problems:
+            raise problems[0]
+        raise AbsentError(
+            f"{shown(self._paths.devices)}: no vmclock device",
+            hint="needs a hypervisor that offers one and Linux 6.13 or newer (devicetree: 7.0) with its driver",
+        )
+
+    def _candidates(self) -> list[str]:
+        directory = self._paths.devices
+        try:
+            names = os.listdir(directory)
+        except OSError as error:
+            raise absent(directory, error) from error
+        numbers = sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+        return [f"{directory}/vmclock{number}" for number in numbers]
+
+
+def _opened(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            raise absent(path, error) from error
+        # The kernel makes the node 0600; vmfork's udev rule opens it for reading.
+        raise AbsentError(
+            f"{shown(path)}: {os.strerror(error.errno)}{_mode(path)}",
+            hint='run as root, or add a udev rule: KERNEL=="vmclock*", MODE="0644"',
+        ) from error
+
+
+def _mode(path: str) -> str:
+    try:
+        return f" (mode {os.stat(path).st_mode & 0o7777:04o})"
+    except OSError:
+        return ""
+
+
+def _consistent(fd: int, path: str, update_sec: float) -> VmclockPage:
+    """Read until no update is under way, within a bound; the kernel's read() does that as well, a file does not."""
+    deadline = time.monotonic() + update_sec
+    while True:
+        try:
+            data = os.pread(fd, PAGE_BYTES, 0)
+        except OSError as error:
+            raise absent(path, error) from error
+        page = parse(data, shown(path))
+        if page.is_consistent:
+            return page
+        if time.monotonic() >= deadline:
+            raise AbsentError(f"{shown(path)}: the hypervisor did not finish an update of the page")
+        time.sleep(_UPDATE_PAUSE_SEC)
+
+
+class VmclockCounter:
+    """The truth `vmclock`: the hypervisor's generation counter, 8 bytes, little-endian."""
+
+    name = "vmclock"
+
+    def __init__(self, device: VmclockDevice) -> None:
+        self._device = device
+
+    def read(self) -> bytes:
+        return counter_bytes(self._device.read(), self._device.path)
