@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs all hooks of one occasion: equal NN side by side, the next NN when all of them ended, none stopped by another.
+
+One thread, one selector. `interrupt` may be called from a signal handler or by the reporter: the running hooks are
+ended with all their descendants and reported as interrupted, and nothing more is started. Nothing here knows where
+reports go or what a hook does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from vmfork import ids
+from vmfork.model import EventState, HookOutcome, HookResult
+from vmfork.reactor import descendants
+from vmfork.reactor.descendants import Mark, Process
+from vmfork.reactor.discovery import Hook
+from vmfork.reactor.environment import environment_of
+from vmfork.reactor.phases import Occasion, in_order
+from vmfork.reactor.process import HookRun, Limits, Stage
+from vmfork.reactor.spawn import Launch, Payload, Spawn, Starter, start_with, surroundings
+
+log = logging.getLogger(__name__)
+
+MAX_PARALLEL = 128
+_INTERRUPT_GRACE_SEC = 0.5
+_CLOCK_NOISE_NS = 10_000_000
+_BAD = {HookOutcome.FAILED, HookOutcome.TIMEOUT, HookOutcome.INTERRUPTED, HookOutcome.UNTRUSTED}
+_MESSAGES = {
+    HookOutcome.FAILED: ids.HOOK_FAILED,
+    HookOutcome.TIMEOUT: ids.HOOK_TIMED_OUT,
+    HookOutcome.UNTRUSTED: ids.HOOK_UNTRUSTED,
+}
+
+
+class Reporter(Protocol):
+    """Where the course of a reaction goes."""
+
+    def started(self, hook: Hook) -> None: ...
+    def ended(self, result: HookResult) -> None: ...
+    def finished(self, state: EventState, clock_step_ns: int | None) -> None: ...
+
+
+class Records(Protocol):
+    """What the next reactor must know of a hook that runs, should this one be killed."""
+
+    def begins(self, hook: str, token: str | None) -> None: ...
+    def runs(self, hook: str, token: str | None, process: Process) -> None: ...
+    def ended(self, hook: str) -> None: ...
+
+
+class Engine:
+    """One run of the hooks; a context manager. `limits_of(name)` are the bounds of one hook.
+
+    `starters` are tried in order for each hook; exec takes what they leave.
+    """
+
+    def __init__(
+        self,
+        occasion: Occasion,
+        limits_of: Callable[[str], Limits],
+        reporter: Reporter,
+        *,
+        records: Records | None = None,
+        starters: Sequence[Starter] = (),
+    ) -> None:
+        self.interrupted = False
+        self._occasion = occasion
+        self._limits_of = limits_of
+        self._reporter = reporter
+        self._records = records
+        self._starters = (*starters, Spawn())
+        self._token = occasion.event.token.hex() if occasion.event else None
+        self._selector = selectors.DefaultSelector()
+        self._payload = Payload(occasion.payload())
+        self._woken, self.wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._runs: list[HookRun] = []
+        self._strangers: set[tuple[int, int]] = set()
+        self._alone = False
+        self._failed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._selector.close()
+        self._payload.close()
+        os.close(self._woken)
+        os.close(self.wakeup)
+
+    def interrupt(self) -> None:
+        """End the run soon. A signal handler needs `signal.set_wakeup_fd(engine.wakeup)` to be noticed at once."""
+        self.interrupted = True
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.wakeup, b"!")
+
+    def run(self, hooks: Iterable[Hook], finished: Iterable[HookResult] = ()) -> EventState:
+        """Run every hook that is not in `finished` as ok; superseded when interrupted, then nothing is `finished`."""
+        done = {result.name for result in finished if result.result is HookOutcome.OK}
+        hooks = [hook for hook in hooks if hook.name not in done]
+        descendants.become_subreaper()
+        offset = _clock_offset()
+        with surroundings():
+            for hook in hooks:
+                if hook.state is not None:
+                    self._report(HookResult(name=hook.name, path=hook.path, result=hook.state), hook.reason)
+            for group in in_order((hook for hook in hooks if hook.enabled), self._occasion.phase):
+                if not self.interrupted:
+                    self._run_group(group)
+        if self.interrupted:
+            return EventState.SUPERSEDED
+        state = EventState.FAILED if self._failed else EventState.SETTLED
+        step = _clock_offset() - offset
+        self._reporter.finished(state, step if abs(step) >= _CLOCK_NOISE_NS else None)
+        return state
+
+    def _run_group(self, group: Sequence[Hook]) -> None:
+        waiting = deque(group)
+        self._alone = len(group) == 1
+        self._strangers |= {(one.pid, one.start) for one in self._orphans()}
+        try:
+            while waiting or self._runs:
+                if self.interrupted:
+                    waiting.clear()
+                    self._stop_all()
+                while waiting and len(self._runs) < MAX_PARALLEL and not self.interrupted:
+                    hook = waiting.popleft()
+                    self._reporter.started(hook)
+                    run = HookRun(hook, self._limits_of(hook.name), self._occasion.generation, self._selector)
+                    self._runs.append(run)
+                    self._start(run)
+                    # Hooks end while others are being started; their pipes must not fill up meanwhile.
+                    self._turn(0.0)
+                self._turn(None)
+        finally:
+            self._abandon()
+        self._note_strays(group)
+
+    def _turn(self, timeout: float | None) -> None:
+        """Wait for the next event or deadline, at most `timeout` seconds, and act on all that are due."""
+        if timeout is None and self._runs:
+            timeout = max(0.0, min(run.wake for run in self._runs) - time.monotonic())
+            if any(run.stage is Stage.DONE for run in self._runs):
+                timeout = 0.0
+        elif timeout is None:
+            return
+        events = self._selector.select(timeout)
+        now = time.monotonic()
+        for key, _ in events:
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._woken, 4096)
+                continue
+            run, act = key.data
+            if run.stage is not Stage.DONE:
+                act(now)
+        for run in [run for run in self._runs if run.stage is not Stage.DONE and run.wake <= now]:
+            if run.stage is Stage.PAUSED:
+                self._start(run)
+            else:
+                run.on_time(now, self._find)
+        self._collect()
+
+    def _start(self, run: HookRun) -> None:
+        hook = run.hook
+        if self._records is not None:
+            self._records.begins(hook.name, self._token)
+        environment = environment_of(self._occasion, hook.name, deadline_sec=run.limits.timeout_sec)
+
+        def launch(output: int) -> int:
+            stdin = self._payload.open()
+            try:
+                argument = self._occasion.phase.value
+                wanted = Launch(hook=hook, argument=argument, environment=environment, stdin=stdin, output=output)
+                return start_with(self._starters, wanted)
+            finally:
+                os.close(stdin)
+
+        run.start(launch, self._token, time.monotonic())
+        if self._records is not None and run.process is not None:
+            self._records.runs(hook.name, self._token, run.process)
+
+    def _collect(self) -> None:
+        for run in [run for run in self._runs if run.stage is Stage.DONE]:
+            self._runs.remove(run)
+            if self._records is not None:
+                self._records.ended(run.hook.name)
+            if run.result is not None:
+                self._report(run.result, None)
+
+    def _report(self, result: HookResult, reason: str | None) -> None:
+        self._failed = self._failed or result.result in _BAD
+        fields: dict[str, object] = {"VMFORK_HOOK": result.name, "VMFORK_GENERATION": self._occasion.generation}
+        message = _MESSAGES.get(result.result)
+        if message is None:
+            log.debug("%s: %s", result.name, result.result, extra=fields)
+        else:
+            fields["MESSAGE_ID"] = message
+            log.error("%s: %s", result.name, reason or _how(result), extra=fields)
+        self._reporter.ended(result)
+
+    def _stop_all(self) -> None:
+        now = time.monotonic()
+        for run in self._runs:
+            if run.stage in (Stage.RUNNING, Stage.PAUSED) or (
+                run.stage is Stage.ENDING and run.deadline > now + _INTERRUPT_GRACE_SEC
+            ):
+                run.stop(HookOutcome.INTERRUPTED, _INTERRUPT_GRACE_SEC, now, self._find)
+        self._collect()
+
+    def _abandon(self) -> None:
+        """Something raised in the middle of a group: no hook may outlive the engine that would have ended it."""
+        for run in self._runs:
+            if run.mark is not None:
+                mark = run.mark
+                descendants.kill_until_gone(lambda mark=mark: self._find(mark), seconds=1.0)  # type: ignore[misc]
+        self._runs.clear()
+
+    def _find(self, mark: Mark) -> list[Process]:
+        table = descendants.processes()
+        return descendants.members(mark, table, self._orphans(table), alone=self._alone)
+
+    def _orphans(self, table: dict[int, Process] | None = None) -> list[Process]:
+        """Our children that are no hooks: what hooks left, without what was there before this group."""
+        if not descendants.has_children():
+            return []
+        hooks = {run.mark.pid for run in self._runs if run.mark is not None}
+        return [
+            process
+            for process in (table if table is not None else descendants.processes()).values()
+            if process.parent == os.getpid()
+            and process.pid not in hooks
+            and (process.pid, process.start) not in self._strangers
+        ]
+
+    def _note_strays(self, group: Sequence[Hook]) -> None:
+        descendants.reap({pid for pid, _ in self._strangers})
+        for process in self._orphans():
+            owner = next((hook for hook in group if self._is_of(process, hook)), None)
+            name = owner.name if owner is not None else " or ".join(hook.name for hook in group[:8])
+            fields = {"MESSAGE_ID": ids.HOOK_LEFT_PROCESSES, "VMFORK_GENERATION": self._occasion.generation}
+            log.info("%s: left process %d running", name, process.pid, extra={**fields, "VMFORK_HOOK": name})
+
+    def _is_of(self, process: Process, hook: Hook) -> bool:
+        return descendants.carries(process.pid, Mark(pid=-1, name=hook.name, token=self._token))
+
+
+def _how(result: HookResult) -> str:
+    if result.result is HookOutcome.TIMEOUT:
+        return "did not end in time and was ended with all its processes"
+    if result.signal is not None:
+        return f"failed: killed by signal {result.signal}"
+    return "failed" if result.exit_code is None else f"failed with exit code {result.exit_code}"
+
+
+def _clock_offset() -> int:
+    """CLOCK_REALTIME less CLOCK_BOOTTIME in ns: it changes when somebody steps the wall clock, and only then."""
+    before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    wall = time.clock_gettime_ns(time.CLOCK_REALTIME)
+    return wall - (before + time.clock_gettime_ns(time.CLOCK_BOOTTIME)) // 2
