@@ -128,7 +128,7 @@ def adjust(context: ActionContext, candidates: tuple[Reference, ...]) -> None:
             context.say(f"not using {reference.name}: {error}")
             continue
         if not is_wrong(offset, reference):
-            context.say(f"the clock agrees with {reference.name}: {describe(offset)}")
+            context.say(f"nothing to step: {describe(offset, reference)}")
             return
         _step(context, reference, offset)
         return
@@ -140,10 +140,9 @@ def is_wrong(offset: int, reference: Reference) -> bool:
     return abs(offset) > reference.threshold_ms * _MS and not (reference.forward_only and offset < 0)
 
 
-def describe(offset: int) -> str:
-    """An offset for people: what ours is, seen from the reference."""
-    side = "behind" if offset > 0 else "ahead"
-    return f"ours is {abs(offset) / _NS:.6f} s {side}"
+def describe(offset: int, reference: Reference) -> str:
+    """An offset for people: where our clock stands, seen from the reference."""
+    return f"the clock is {abs(offset) / _NS:.6f} s {'behind' if offset > 0 else 'ahead of'} {reference.name}"
 
 
 def _step(context: ActionContext, reference: Reference, offset: int) -> None:
@@ -156,7 +155,7 @@ def _step(context: ActionContext, reference: Reference, offset: int) -> None:
     try:
         offset = reference.offset_ns(exact=True)
         if not is_wrong(offset, reference):
-            context.say(f"chronyd's last correction was enough: {describe(offset)} of {reference.name}")
+            context.say(f"chronyd's last correction was enough: {describe(offset, reference)}")
             return
         time.clock_settime_ns(time.CLOCK_REALTIME, time.clock_gettime_ns(time.CLOCK_REALTIME) + offset)
         rest = reference.offset_ns(exact=True)
@@ -165,8 +164,8 @@ def _step(context: ActionContext, reference: Reference, offset: int) -> None:
     except PermissionError as error:
         raise ActionError("the clock cannot be set", hint="run as root with CAP_SYS_TIME") from error
     if abs(rest) > reference.threshold_ms * _MS:
-        raise ActionError(f"the clock was stepped, but {describe(rest)} of {reference.name} again")
-    context.say(f"stepped the clock by {offset / _NS:+.6f} s to {reference.name}; verified: {describe(rest)}")
+        raise ActionError(f"stepped the clock, and yet {describe(rest, reference)}")
+    context.say(f"stepped the clock by {offset / _NS:+.6f} s; verified: {describe(rest, reference)}")
     if chrony is not None:
         _tell(context, chrony, "reset sources")
         _tell(context, chrony, "burst 2/6")

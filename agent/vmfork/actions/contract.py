@@ -73,6 +73,19 @@ class ActionContext:
             self.say(f"would {deed}")
         return self.dry_run
 
+    def hook_environment(self) -> Mapping[str, str]:
+        """What a command of the admin's is told, by the names of the hook contract."""
+        told = {
+            "VMFORK_FORK_TOKEN": self.token.hex(),
+            "VMFORK_IDENTITY": self.identity.value,
+            "VMFORK_DRY_RUN": "1" if self.dry_run else "0",
+        }
+        if self.event is not None:
+            told |= {"VMFORK_GENERATION": str(self.event.generation), "VMFORK_KIND": self.event.kind.value}
+        if self.paths.is_fake:
+            told["VMFORK_ROOT"] = self.paths.root
+        return told
+
     def require_rotation(self) -> None:
         """ActionSkipped when this guest keeps its identity."""
         if self.identity is IdentityPolicy.KEEP:
