@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from support.tools import need, unavailable
-from vmfork import ids
+from vmfork import __version__, ids
 
 TOP = Path(__file__).resolve().parents[2]
 PACKAGE = TOP / "agent" / "vmfork"
@@ -24,7 +24,7 @@ UNITS = TOP / "units"
 UNIT_FILES = sorted(path.name for path in UNITS.glob("*") if path.suffix in {".service", ".target"})
 
 # Arrows point down only: a room may import its own level and those below. Whoever is not named is at the bottom.
-LEVELS = {"cli": 4, "__main__": 4, "daemon": 4, "detector": 3, "reactor": 3, "actions": 3}
+LEVELS = {"cli": 4, "__main__": 4, "daemon": 4, "detector": 3, "reactor": 3, "actions": 3, "library": 3}
 LEVELS |= {"edges": 2, "truths": 2, "varlink": 2}
 
 # What the units start, in the places where both releases of Debian may look for it.
@@ -172,6 +172,18 @@ def test_pyroute2_is_imported_only_when_it_is_needed() -> None:
     tree = modules()[DOORS["pyroute2"]]
     at_start = {name for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) for name in imported(node)}
     assert not any(name.startswith("pyroute2") for name in at_start)
+
+
+def test_library_needs_the_standard_library_only() -> None:
+    waiting = {"vmfork", *(module for module in modules() if module.startswith("vmfork.library"))}
+    reached: set[str] = set()
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting |= {name for name in imported(modules()[module]) if name in modules()} - reached
+    assert {
+        module for module in reached for name in imported(modules()[module]) if name.split(".")[0] in DOORS
+    } == set()
 
 
 def test_no_module_has_outgrown_its_room() -> None:
@@ -324,3 +336,11 @@ def test_journalctl_takes_the_catalog(tmp_path: Path) -> None:
         [journalctl, f"--root={tmp_path}", "--list-catalog"], stdout=subprocess.PIPE, text=True, check=True
     )
     assert all(message in listed.stdout for message in catalog())
+
+
+# --- releases
+
+
+def test_every_place_has_the_same_version() -> None:
+    assert re.search(rf"^## {re.escape(__version__)}\b", text_of(TOP / "NEWS.md"), re.MULTILINE)
+    assert first_line(TOP / "debian" / "changelog").startswith(f"vmfork ({__version__}) ")
