@@ -29,8 +29,8 @@ class Remembered:
     """detector.json: where the detector was in this boot.
 
     `kmsg_sequence` is the last record of the kernel's log that was taken into account; `event` the newest fork;
-    `handled` whether its reaction ended; `early_done` whether the early boot already edited files for it; `credits` end
-    at these values of CLOCK_MONOTONIC (ns).
+    `handled` whether its reaction ended; `unwritten` the forks that the history does not have yet; `credits` end at
+    these values of CLOCK_MONOTONIC (ns).
     """
 
     boot_id: str
@@ -42,6 +42,7 @@ class Remembered:
     tag_key: bytes = b""
     event: ForkEvent | None = None
     handled: bool = True
+    unwritten: tuple[ForkEvent, ...] = ()
 
     def to_json(self) -> JsonObject:
         return {
@@ -55,6 +56,7 @@ class Remembered:
             "tag_key": self.tag_key.hex(),
             "event": None if self.event is None else self.event.to_json(with_ids=True),
             "handled": self.handled,
+            "unwritten": [event.to_json(with_ids=True) for event in self.unwritten],
         }
 
     @classmethod
@@ -71,6 +73,7 @@ class Remembered:
             tag_key=fields.hex_or_none("tag_key") or b"",
             event=None if event is None else ForkEvent.from_json(event),
             handled=fields.flag("handled", default=True),
+            unwritten=tuple(ForkEvent.from_json(item) for item in fields.objects("unwritten")),
         )
 
 

@@ -115,6 +115,7 @@ class Kmsg:
             if not chunk:
                 return Heard(words=words, lost=lost, record_us=newest)
             for record in self._records(chunk):
+                lost = lost or self._is_gap(record)
                 if record.announces_fork:
                     words, newest = words + 1, record.microseconds
         return Heard(words=words, lost=lost, record_us=newest, more=True)
@@ -132,12 +133,17 @@ class Kmsg:
                 record = parse(line)
             except InputError:
                 continue
-            if not self._is_stream:
-                if record.sequence <= self._skip_to:
-                    continue
-                self.last_sequence = record.sequence
+            if not self._is_stream and record.sequence <= self._skip_to:
+                continue
             found.append(record)
         return found
+
+    def _is_gap(self, record: Record) -> bool:
+        """After a restart the ring may have moved on beyond what was last read, without any EPIPE."""
+        if self._is_stream:
+            return False
+        expected, self.last_sequence = self.last_sequence, record.sequence
+        return expected is not None and record.sequence > expected + 1
 
     def status(self) -> SourceStatus:
         detail, hint = self._why_not()

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's books: page, memory in /run, state and history in /var, kept in an order that a kill cannot break.
+
+A fork goes into /run first (what is about to be published), then onto the page, then to the watchers. When the
+reaction ended it goes into the history and only then counts as handled on disk. A disk that refuses is a problem to
+report, not a reason to stop: what it did not take is written again with the next change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from vmfork import ids, page, state
+from vmfork.detector import GENERATION_ID, Memory
+from vmfork.errors import InputError
+from vmfork.history import HistoryWriter
+from vmfork.model import Detection, EventState, ForkEvent, HookResult
+from vmfork.paths import Paths
+from vmfork.state import Remembered, Saved
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PAGE_DETECTION = {
+    Detection.NONE: page.DETECTION_NONE,
+    Detection.TIMER: page.DETECTION_TIMER,
+    Detection.EVENT: page.DETECTION_EVENT,
+}
+_PAGE_STATE = {
+    EventState.REACTING: page.STATE_REACTING,
+    EventState.SETTLED: page.STATE_SETTLED,
+    EventState.FAILED: page.STATE_FAILED,
+}
+
+
+# While the disk refuses, so many forks wait in memory for their line in the history.
+_UNWRITTEN = 1000
+
+
+class Ledger:
+    """The only writer of page, state and history.
+
+    `problems` maps a file to the sentence that says what is wrong with it now. Raises InputError where the page itself
+    cannot be had: without it there is no point in going on.
+    """
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+        self.problems: dict[str, str] = {}
+        for directory, mode in ((paths.run_public, 0o755), (paths.run_private, 0o700), (paths.state_dir, 0o700)):
+            self._attempt(directory, lambda d=directory, m=mode: os.makedirs(d, mode=m, exist_ok=True))  # type: ignore[misc]
+        saved = self._load(paths.state, lambda: state.load_saved(paths))
+        remembered = self._load(paths.detector_memory, lambda: state.load_remembered(paths))
+        boot_id = state.boot_id(paths)
+        self.saved = saved or Saved()
+        # Without a memory in RAM, a saved state of this very boot is the next best thing to continue from.
+        self.same_boot = remembered is not None and remembered.boot_id == boot_id
+        if remembered is None or not self.same_boot:
+            remembered = Remembered(boot_id=boot_id, generation=self.saved.generation, tag_key=os.urandom(16))
+        self.remembered = remembered
+        first = max(remembered.generation, self.saved.generation)
+        self.page = page.PageWriter(paths.generation_page, initial_generation=first)
+        self._history = HistoryWriter(paths)
+        self._mend()
+
+    def _mend(self) -> None:
+        """Finish what a killed detector had begun, and never let the generation go back."""
+        event, shown = self.remembered.event, self.page.current
+        if event is not None and (self.page.torn or shown.generation < event.generation):
+            self._publish(event)
+        newest = max(self.remembered.generation, self.saved.generation, self.page.current.generation)
+        self.remembered = replace(self.remembered, generation=newest)
+
+    def _load(self, path: str, load: Callable[[], T | None]) -> T | None:
+        try:
+            return load()
+        except InputError as error:
+            log.error("%s; it is set aside and a new one begun", error)
+            self.problems[path] = str(error)
+            self._attempt(f"{path}.broken", lambda: state.set_aside(path))
+            return None
+
+    def _attempt(self, what: str, write: Callable[[], object]) -> bool:
+        try:
+            write()
+        except (OSError, InputError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error.problem
+            if what not in self.problems:
+                log.error("%s: %s", what, reason)
+            self.problems[what] = f"{what}: {reason}"
+            return False
+        self.problems.pop(what, None)
+        return True
+
+    # What the rest of the daemon asks.
+
+    @property
+    def event(self) -> ForkEvent | None:
+        """The newest fork of this boot."""
+        return self.remembered.event
+
+    @property
+    def generation(self) -> int:
+        return self.page.current.generation
+
+    def tag(self, generation_id: bytes | None) -> str | None:
+        """A keyed hash of an ID: equal IDs give equal tags within this boot, and nothing leads back to the ID."""
+        if generation_id is None:
+            return None
+        return hashlib.blake2b(generation_id, key=self.remembered.tag_key, digest_size=8).hexdigest()
+
+    # What happens to a fork, in this order.
+
+    def remember(
+        self,
+        memory: Memory,
+        *,
+        kmsg_sequence: int | None,
+        interrupts: Mapping[str, int],
+        event: ForkEvent | None = None,
+        interrupted: Sequence[HookResult] = (),
+    ) -> None:
+        """Note in RAM what was read and decided; with `event`, what is about to be published.
+
+        An older fork whose reaction is still going on is superseded then; `interrupted` are its unfinished hooks.
+        """
+        remembered = replace(
+            self.remembered,
+            truths=memory.truths,
+            credits=memory.credits,
+            kmsg_sequence=kmsg_sequence,
+            interrupts=interrupts,
+        )
+        if event is not None:
+            if self.event is not None and not remembered.handled:
+                old = replace(self.event, state=EventState.SUPERSEDED)
+                for result in interrupted:
+                    old = old.with_hook(result)
+                remembered = replace(remembered, unwritten=(*remembered.unwritten, old)[-_UNWRITTEN:])
+            remembered = replace(remembered, event=event, generation=event.generation, handled=False)
+        self._remember(remembered)
+
+    def publish(self) -> None:
+        """Put the remembered fork onto the page."""
+        if self.remembered.event is not None:
+            self._publish(self.remembered.event)
+
+    def note_latency(self, microseconds: int | None) -> None:
+        """Complete the event with what could only be known after it was published."""
+        if self.event is not None:
+            self._remember(replace(self.remembered, event=replace(self.event, detect_latency_us=microseconds)))
+
+    def save_progress(self) -> None:
+        """After a fork was published: what the disk should know but the watchers need not wait for.
+
+        The counter, so that it never goes back over a power cut, and the forks that were superseded.
+        """
+        self._save(replace(self.saved, generation=self.generation))
+        self._write_history()
+
+    def note_hook(self, result: HookResult) -> None:
+        """One hook of the running reaction ended."""
+        if self.event is not None:
+            self._remember(replace(self.remembered, event=self.event.with_hook(result)))
+
+    def close_event(
+        self,
+        outcome: EventState,
+        *,
+        clock_step_ns: int | None,
+        smbios_uuid: str | None,
+        instance_id: str | None,
+    ) -> None:
+        """The reaction to the newest fork ended: history, then disk, then memory, then page."""
+        if self.event is None or self.remembered.handled:
+            return
+        event = replace(self.event, state=outcome, clock_step_ns=clock_step_ns)
+        self._remember(replace(self.remembered, event=event, unwritten=(*self.remembered.unwritten, event)))
+        self._write_history()
+        self.baseline(smbios_uuid=smbios_uuid, instance_id=instance_id, handled_token=event.token)
+        self._remember(replace(self.remembered, handled=True))
+        self.show_state(outcome)
+
+    def baseline(self, *, smbios_uuid: str | None, instance_id: str | None, handled_token: bytes | None = None) -> None:
+        """Save what the next boot compares with; what cannot be read now keeps its old value."""
+        self._save(
+            replace(
+                self.saved,
+                generation=self.generation,
+                boot_id=self.remembered.boot_id,
+                handled_token=handled_token or self.saved.handled_token,
+                generation_id=self.remembered.truths.get(GENERATION_ID, self.saved.generation_id),
+                smbios_uuid=smbios_uuid or self.saved.smbios_uuid,
+                instance_id=instance_id or self.saved.instance_id,
+            )
+        )
+
+    def show_state(self, outcome: EventState) -> None:
+        number = _PAGE_STATE.get(outcome)
+        if number is not None and self.page.current.state != number:
+            self.page.set_state(number)
+
+    def show_detection(self, detection: Detection) -> None:
+        """Say on the page who watches."""
+        number = _PAGE_DETECTION[detection]
+        if self.page.current.detection == number:
+            return
+        if detection is Detection.NONE:
+            log.warning("nobody watches: programs cannot rely on the page", extra={"MESSAGE_ID": ids.NOBODY_WATCHES})
+        self.page.set_detection(number)
+
+    def _publish(self, event: ForkEvent) -> None:
+        self.page.publish(
+            generation=event.generation,
+            token=event.token,
+            detected_at_ns=event.detected_at_ns,
+            boottime_ns=event.boottime_ns,
+            state=_PAGE_STATE.get(event.state, page.STATE_REACTING),
+        )
+
+    def _remember(self, remembered: Remembered) -> None:
+        self.remembered = remembered
+        self._attempt(self._paths.detector_memory, lambda: state.store_remembered(self._paths, remembered))
+
+    def _save(self, saved: Saved) -> None:
+        if saved == self.saved and self._paths.state not in self.problems:
+            return
+        self.saved = saved
+        self._attempt(self._paths.state, lambda: state.store_saved(self._paths, saved))
+
+    def _write_history(self) -> None:
+        rest = list(self.remembered.unwritten)
+        while rest and self._attempt(self._paths.history, lambda: self._history.append(rest[0])):
+            del rest[0]
+        if len(rest) != len(self.remembered.unwritten):
+            self._remember(replace(self.remembered, unwritten=tuple(rest)))
+
+    def close(self) -> None:
+        """Nobody watches from now on."""
+        self.show_detection(Detection.NONE)
+        self.page.close()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/run/vmfork/metrics.prom, in Prometheus text format 0.0.4, for node_exporter's textfile collector.
+
+Counters begin at the start of the daemon, as Prometheus expects of a process. Nothing in it is secret.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from vmfork import __version__, atomicfile
+from vmfork.daemon.ledger import Ledger
+from vmfork.model import ForkEvent, HookOutcome, SourceStatus
+from vmfork.paths import Paths
+
+log = logging.getLogger(__name__)
+
+Sample = tuple[str, dict[str, str], float]
+
+
+class Metrics:
+    """Counts what closed and writes the file; `enabled` is Metrics= of the configuration."""
+
+    def __init__(self, paths: Paths, ledger: Ledger) -> None:
+        self._path = paths.metrics
+        self._ledger = ledger
+        self.enabled = True
+        self._forks: Counter[tuple[str, str]] = Counter()
+        self._hooks: Counter[tuple[str, str]] = Counter()
+        self._counted: bytes | None = None
+
+    def count(self, event: ForkEvent) -> None:
+        """A reaction ended."""
+        for edge in event.edges or ("none",):
+            self._forks[event.kind.value, edge] += 1
+        for hook in event.hooks:
+            self._hooks[hook.name, hook.result.value] += 1
+
+    def write(self, sources: Iterable[SourceStatus]) -> None:
+        """Replace the file; a disk that refuses is logged, since nothing depends on it."""
+        if not self.enabled:
+            return
+        event = self._ledger.event
+        if event is not None and self._ledger.remembered.handled and event.token != self._counted:
+            self._counted = event.token
+            self.count(event)
+        text = "".join(self._lines(event, sources))
+        try:
+            atomicfile.replace(self._path, text.encode(), mode=0o644, durable=False)
+        except OSError as error:
+            log.warning("%s: %s", self._path, error.strerror)
+
+    def _lines(self, event: ForkEvent | None, sources: Iterable[SourceStatus]) -> Iterator[str]:
+        content = self._ledger.page.current
+        yield from _family("vmfork_info", "gauge", "The running vmforkd.", [("", {"version": __version__}, 1)])
+        yield from _family("vmfork_generation", "gauge", "The present generation.", [("", {}, content.generation)])
+        yield from _family(
+            "vmfork_detection", "gauge", "Who watches: 0 nobody, 1 timer, 2 event.", [("", {}, content.detection)]
+        )
+        yield from _family(
+            "vmfork_state", "gauge", "0 settled, 1 reacting, 2 the last reaction failed.", [("", {}, content.state)]
+        )
+        yield from _family(
+            "vmfork_forks_total",
+            "counter",
+            "Forks whose reaction ended, by kind and by edge that reported them.",
+            [("", {"kind": kind, "edge": edge}, count) for (kind, edge), count in sorted(self._forks.items())],
+        )
+        yield from _family(
+            "vmfork_hook_results_total",
+            "counter",
+            "Results of hooks.",
+            [("", {"hook": hook, "result": result}, count) for (hook, result), count in sorted(self._hooks.items())],
+        )
+        yield from _family(
+            "vmfork_source_live",
+            "gauge",
+            "Whether a source is live.",
+            [("", {"source": one.name, "role": one.role.value}, float(one.live)) for one in sources],
+        )
+        if event is not None:
+            yield from self._last(event)
+
+    def _last(self, event: ForkEvent) -> Iterator[str]:
+        yield from _family(
+            "vmfork_last_fork_timestamp_seconds",
+            "gauge",
+            "When the last fork was noticed.",
+            [("", {}, event.detected_at_ns / 1e9)],
+        )
+        if event.detect_latency_us is not None:
+            yield from _family(
+                "vmfork_last_detect_latency_seconds",
+                "gauge",
+                "From the kernel's log record to the page, at the last fork.",
+                [("", {}, event.detect_latency_us / 1e6)],
+            )
+        ran = [hook for hook in event.hooks if hook.duration_ms is not None]
+        yield from _family(
+            "vmfork_last_hook_duration_seconds",
+            "gauge",
+            "How long each hook ran in the last reaction.",
+            [("", {"hook": hook.name}, (hook.duration_ms or 0) / 1e3) for hook in ran],
+        )
+        bad = (HookOutcome.FAILED, HookOutcome.TIMEOUT, HookOutcome.UNTRUSTED)
+        failures = sum(hook.result in bad for hook in event.hooks)
+        yield from _family(
+            "vmfork_last_hook_failures", "gauge", "Hooks that failed in the last reaction.", [("", {}, failures)]
+        )
+
+
+def _family(name: str, kind: str, summary: str, samples: list[Sample]) -> Iterator[str]:
+    if not samples:
+        return
+    yield f"# HELP {name} {summary}\n# TYPE {name} {kind}\n"
+    for suffix, labels, value in samples:
+        inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
+        yield f"{name}{suffix}{{{inside}}} {value:.15g}\n" if inside else f"{name}{suffix} {value:.15g}\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

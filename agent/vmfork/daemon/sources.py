@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All sources of one guest: opened, read together, and asked what they are worth.
+
+There is one generation ID, from the first readable of fw_cfg, devicetree memory and ACPI memory; they are the same 16
+bytes seen in three ways. Finding the memory takes a walk through devicetree or AML, so that is done when probing, not
+when a fork is waiting.
+"""
+
+from __future__ import annotations
+
+from vmfork import settings
+from vmfork.config import Config
+from vmfork.detector import GENERATION_ID
+from vmfork.edges import Edge
+from vmfork.edges.kmsg import Kmsg
+from vmfork.edges.uevent import Uevent
+from vmfork.edges.vmclock import VmclockPoll
+from vmfork.errors import AbsentError, InputError
+from vmfork.model import Detection, Role, SourceStatus
+from vmfork.paths import Paths
+from vmfork.truths import Truth
+from vmfork.truths.acpi import AcpiGenerationId
+from vmfork.truths.devicetree import DeviceTreeGenerationId
+from vmfork.truths.evidence import read_instance_id, read_smbios
+from vmfork.truths.fwcfg import FwCfgGenerationId
+from vmfork.truths.physmem import PhysicalMemory
+from vmfork.truths.vmclock import VmclockCounter, VmclockDevice
+
+VMCLOCK = "vmclock"
+
+# A host that writes while we read is done within microseconds.
+_READS = 8
+
+
+class Sources:
+    """The edges and truths of this guest, as the last probe found them."""
+
+    def __init__(self, paths: Paths, config: Config, *, kmsg_after: int | None) -> None:
+        self._paths = paths
+        self.kmsg = Kmsg(paths, after=kmsg_after)
+        listens = not paths.is_fake and config.get(settings.UEVENT) == "auto"
+        self.uevent = Uevent() if listens else None
+        self._device = VmclockDevice(paths)
+        self.probe(config)
+
+    def probe(self, config: Config) -> None:
+        """Look again for everything that can come and go: devices, memory, what vmclock offers."""
+        self._memory_policy = config.get(settings.PHYSICAL_MEMORY)
+        self._device.close()
+        self.vmclock = VmclockPoll(self._device)
+        self._counter = VmclockCounter(self._device)
+        self._fw_cfg = FwCfgGenerationId(self._paths)
+        memory = PhysicalMemory(self._paths)
+        self._in_memory: tuple[Truth, ...] = (
+            DeviceTreeGenerationId(self._paths, memory),
+            AcpiGenerationId(self._paths, memory),
+        )
+        self._absences: dict[str, AbsentError | InputError] = {}
+        self._usable = tuple(truth for truth in self._in_memory if self._may_use_memory() and self._try(truth))
+        self.settled = True
+        self.listening = self._authoritative()
+
+    def _may_use_memory(self) -> bool:
+        if self._memory_policy == "auto":
+            return self._try(self._fw_cfg) is None
+        return self._memory_policy == "yes"
+
+    def _try(self, truth: Truth) -> bytes | None:
+        try:
+            value = truth.read()
+        except (AbsentError, InputError) as error:
+            self._absences[truth.name] = error
+            return None
+        self._absences.pop(truth.name, None)
+        return value
+
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge there is, live or not."""
+        return (self.kmsg, self.vmclock) if self.uevent is None else (self.kmsg, self.uevent, self.vmclock)
+
+    def _authoritative(self) -> frozenset[str]:
+        """The edges that could still speak about a fork, as of this probe: binding a device sends a uevent."""
+        live = {self.kmsg.name} if self.kmsg.status().live else set()
+        if self.uevent is not None and self.uevent.fileno() >= 0:
+            live.add(self.uevent.name)
+        return frozenset(live)
+
+    def read_truths(self) -> dict[str, bytes]:
+        """Every truth that can be read now; none, and `settled` False, where two reads in a row never agree."""
+        before = self._read_once()
+        for _ in range(_READS):
+            now = self._read_once()
+            if now == before:
+                self.settled = True
+                return now
+            before = now
+        self.settled = False
+        return {}
+
+    def _read_once(self) -> dict[str, bytes]:
+        found = {}
+        for truth in (self._fw_cfg, *self._usable):
+            value = self._try(truth)
+            if value is not None:
+                found[GENERATION_ID] = value
+                break
+        counter = self._try(self._counter)
+        if counter is not None:
+            found[VMCLOCK] = counter
+        return found
+
+    def needs_timer(self) -> bool:
+        """True while a truth can be read that no live edge would report."""
+        truths = self._read_once()
+        id_has_edge = self.kmsg.status().live or (self.uevent is not None and self.uevent.status().live)
+        return (GENERATION_ID in truths and not id_has_edge) or (VMCLOCK in truths and not self.vmclock.status().live)
+
+    def detection(self) -> Detection:
+        """Who watches."""
+        if any(edge.status().live for edge in self.edges()):
+            return Detection.EVENT
+        return Detection.TIMER if self._read_once() else Detection.NONE
+
+    def hears_hotplug(self) -> bool:
+        """True where a device that appears later will be noticed by itself."""
+        return self.uevent is not None and self.uevent.fileno() >= 0
+
+    def statuses(self, *, timer_runs: bool, interval: float) -> tuple[SourceStatus, ...]:
+        """Every source in the order of the contract, with why it is not live and what would help."""
+        truths = self._read_once()
+        timer = SourceStatus(
+            name="timer",
+            role=Role.EDGE,
+            live=timer_runs,
+            detail=f"reads the truths every {interval:g} s" if timer_runs else "not needed: no truth lacks a live edge",
+        )
+        manual = SourceStatus(name="manual", role=Role.EDGE, live=True, detail="vmforkctl trigger, as root")
+        evidence = (read_smbios(self._paths), read_instance_id(self._paths))
+        return (
+            *(edge.status() for edge in self.edges()),
+            timer,
+            manual,
+            *(self._truth_status(truth, GENERATION_ID in truths) for truth in (self._fw_cfg, *self._in_memory)),
+            self._truth_status(self._counter, VMCLOCK in truths),
+            *(
+                SourceStatus(
+                    name=one.name, role=Role.TRUTH, live=one.value is not None, detail=one.detail, hint=one.hint
+                )
+                for one in evidence
+            ),
+        )
+
+    def _truth_status(self, truth: Truth, something_readable: bool) -> SourceStatus:  # noqa: FBT001
+        absence = self._absences.get(truth.name)
+        if truth in self._in_memory and truth not in self._usable and absence is None:
+            reason = "not read: another generation ID is readable" if something_readable else "not read"
+            if self._memory_policy == "no":
+                reason = "not read: PhysicalMemory=no"
+            return SourceStatus(name=truth.name, role=Role.TRUTH, live=False, detail=reason)
+        if absence is not None:
+            return SourceStatus(name=truth.name, role=Role.TRUTH, live=False, detail=str(absence), hint=absence.hint)
+        what = "the generation counter" if truth.name == VMCLOCK else "the generation ID"
+        return SourceStatus(name=truth.name, role=Role.TRUTH, live=True, detail=f"reads {what}")
+
+    def close(self) -> None:
+        """Give all descriptors back."""
+        for edge in self.edges():
+            edge.close()
+        self._device.close()

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an edge to a fork: drain what is ready, read every truth, decide once, make this clone differ, publish.
+
+The order of a fork is fixed: random numbers first, then the memory in /run, then the page, then everybody who listens,
+then the reaction, and the disk last. Nothing before the page waits for a disk or for another process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from vmfork import ids, policy, settings
+from vmfork.config import Config
+from vmfork.daemon import freshness
+from vmfork.daemon.clocks import Moment
+from vmfork.daemon.ledger import Ledger
+from vmfork.daemon.loop import Deadline, Loop
+from vmfork.daemon.sources import Sources
+from vmfork.detector import GENERATION_ID, Decision, Memory, WakeUp, decide
+from vmfork.edges import NOTHING, Heard
+from vmfork.edges.interrupts import moved, read_counters
+from vmfork.model import Detection, ForkEvent, HookResult, Identity, IdentityPolicy, Kind, SourceStatus
+from vmfork.paths import Paths
+from vmfork.truths.evidence import read_instance_id, read_smbios, same_machine
+
+log = logging.getLogger(__name__)
+
+# A host that kept changing a truth while it was read is done long before this.
+_READ_AGAIN_SEC = 0.02
+
+
+class Watch:
+    """Waits on all sources; calls `on_fork` with each fork, once, after it was published.
+
+    `interrupted` tells which hooks of the last fork's reaction are running when a new fork takes its place.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        paths: Paths,
+        config: Config,
+        ledger: Ledger,
+        *,
+        on_fork: Callable[[ForkEvent], None],
+        interrupted: Callable[[], Sequence[HookResult]],
+    ) -> None:
+        self._loop = loop
+        self._paths = paths
+        self._config = config
+        self._ledger = ledger
+        self._on_fork = on_fork
+        self._interrupted = interrupted
+        self._poll = select.poll()
+        self._watched: dict[int, str] = {}
+        self._timer: Deadline | None = None
+        remembered, saved = ledger.remembered, ledger.saved
+        truths = dict(remembered.truths)
+        # Until the ID is seen in this boot, the one on disk stands in for it: a difference is a cold fork.
+        self._id_is_from_disk = GENERATION_ID not in truths and saved.generation_id is not None
+        if saved.generation_id is not None:
+            truths.setdefault(GENERATION_ID, saved.generation_id)
+        self._memory = Memory(truths=truths, credits=remembered.credits)
+        self._interrupts: Mapping[str, int] = remembered.interrupts or read_counters(paths)
+        self.sources = Sources(paths, config, kmsg_after=remembered.kmsg_sequence if ledger.same_boot else None)
+
+    # Waiting.
+
+    def start(self) -> None:
+        """Take the first decision, then watch; who watches is on the page when this returns."""
+        self._wake(frozenset())
+        self._note()
+        self._listen()
+
+    def reload(self, config: Config) -> None:
+        """Apply another configuration and look for all sources again."""
+        self._config = config
+        self._probe()
+
+    def stop(self) -> None:
+        """Remember how far the kernel's log was read; nobody watches from now on."""
+        self._note()
+        self.sources.close()
+
+    def _probe(self) -> None:
+        for descriptor in self._watched:
+            self._loop.forget(descriptor)
+        self.sources.probe(self._config)
+        self._wake(frozenset())
+        self._listen()
+
+    def _listen(self) -> None:
+        for descriptor in self._watched:
+            self._loop.forget(descriptor)
+        self._poll = select.poll()
+        self._watched = {edge.fileno(): edge.name for edge in self.sources.edges() if edge.fileno() >= 0}
+        for descriptor in self._watched:
+            self._poll.register(descriptor, select.POLLIN)
+            self._loop.watch(descriptor, self._on_readable)
+        self._ledger.show_detection(self.sources.detection())
+        self._set_timer()
+
+    @property
+    def _timer_is_needed(self) -> bool:
+        return self.sources.needs_timer() or self._looks_for_sources
+
+    @property
+    def _looks_for_sources(self) -> bool:
+        """With nothing to watch and nobody to say that something appeared, only looking again helps."""
+        return not self.sources.hears_hotplug() and self.sources.detection() is Detection.NONE
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if self._timer_is_needed:
+            self._timer = self._loop.after(self._config.get(settings.POLL_INTERVAL_SEC), self._on_timer)
+
+    def _on_timer(self) -> None:
+        if self._looks_for_sources:
+            self._probe()
+            return
+        self._wake(self._ready() | {"timer"})
+        self._timer = self._loop.after(self._config.get(settings.POLL_INTERVAL_SEC), self._on_timer)
+
+    def _on_readable(self) -> None:
+        # Another edge's call in this round may have drained this one too.
+        ready = self._ready()
+        if ready:
+            self._wake(ready)
+
+    def _ready(self) -> frozenset[str]:
+        return frozenset(self._watched[descriptor] for descriptor, _ in self._poll.poll(0))
+
+    # Deciding.
+
+    def _wake(self, ready: frozenset[str]) -> None:
+        # With nothing said to be ready (start, new probe) everything is drained.
+        heard = {
+            edge.name: edge.drain() if not ready or edge.name in ready else NOTHING for edge in self.sources.edges()
+        }
+        truths = self.sources.read_truths()
+        words = self._words(heard, truths)
+        decision = decide(
+            self._memory,
+            WakeUp(now_ns=time.monotonic_ns(), words=words, truths=truths, listening=self.sources.listening),
+        )
+        first_sight = GENERATION_ID in truths and (self._id_is_from_disk or GENERATION_ID not in self._memory.truths)
+        is_cold = self._id_is_from_disk and self._ledger.saved.boot_id != self._ledger.remembered.boot_id
+        was, self._memory = self._memory, decision.memory
+        self._id_is_from_disk = self._id_is_from_disk and not first_sight
+        if decision.fork:
+            kind = Kind.COLD if first_sight and is_cold and GENERATION_ID in decision.changed else Kind.LIVE
+            spoke = {name for name, count in words.items() if count} | (ready & {"vmclock", "timer"})
+            previous = was.truths.get(GENERATION_ID)
+            self._announce(kind, tuple(sorted(spoke)), truths, previous, heard=heard)
+        elif decision.memory != was or any(words.values()):
+            self._note()
+        self._follow_up(decision, heard, first_sight=first_sight)
+
+    def _words(self, heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> dict[str, int]:
+        words = {name: said.words for name, said in heard.items() if said.words}
+        if heard["kmsg"].lost and GENERATION_ID not in truths:
+            # The kernel's word may be among what was lost. Its interrupt counters cannot be lost.
+            counters = read_counters(self._paths)
+            if moved(self._interrupts, counters):
+                words.setdefault("kmsg", 1)
+            self._interrupts = counters
+        return words
+
+    def _follow_up(self, decision: Decision, heard: Mapping[str, Heard], *, first_sight: bool) -> None:
+        for name in decision.odd:
+            log.warning("%s reported a fork, but the generation ID is unchanged: ignored", name)
+        if self.sources.uevent is not None and heard["uevent"].words:
+            self.sources.uevent.note_heard()
+        if first_sight and not decision.fork and self._ledger.remembered.handled:
+            self.save_baseline()
+        if not self.sources.settled:
+            self._loop.after(_READ_AGAIN_SEC, lambda: self._wake(frozenset()))
+        if any(said.hotplug for said in heard.values()):
+            self._loop.after(0, self._probe)
+
+    # Announcing.
+
+    def trigger(self, reason: str, asked: IdentityPolicy | None) -> ForkEvent:
+        """Act as if the guest was forked, because root said so."""
+        log.info("triggered by hand: %s", reason)
+        truths = self.sources.read_truths()
+        return self._announce(Kind.MANUAL, ("manual",), truths, self._memory.truths.get(GENERATION_ID), asked=asked)
+
+    def _announce(
+        self,
+        kind: Kind,
+        edges: tuple[str, ...],
+        truths: Mapping[str, bytes],
+        previous: bytes | None,
+        *,
+        heard: Mapping[str, Heard] | None = None,
+        asked: IdentityPolicy | None = None,
+    ) -> ForkEvent:
+        moment = Moment.now()
+        kernel = (heard or {}).get("kmsg", NOTHING)
+        # The kernel's own line says that it has reseeded; without it nobody may have.
+        problem = None if kernel.words else freshness.reseed_kernel(self._paths, truths, moment)
+        event = ForkEvent(
+            generation=max(self._ledger.generation, self._ledger.remembered.generation) + 1,
+            token=freshness.new_token(self._paths, truths, moment),
+            kind=kind,
+            edges=edges,
+            generation_id=truths.get(GENERATION_ID),
+            previous_generation_id=previous,
+            detected_at_ns=moment.realtime,
+            boottime_ns=moment.boottime,
+            identity=self.identity(kind, asked),
+        )
+        self._note(event)
+        self._ledger.publish()
+        latency = _latency_us(kernel.record_us)
+        self._on_fork(event)
+        if latency is not None:
+            self._ledger.note_latency(latency)
+        self._ledger.save_progress()
+        self._interrupts = read_counters(self._paths)
+        log.info(
+            "fork noticed: generation %d, %s, by %s, identity: %s",
+            event.generation,
+            kind.value,
+            ", ".join(edges) or "the state of the last run",
+            event.identity.policy.value,
+            extra={"MESSAGE_ID": ids.FORK_NOTICED, "VMFORK_GENERATION": event.generation},
+        )
+        if problem is not None:
+            log.error("the kernel's random numbers may be those of this guest's siblings: %s", problem)
+        return replace(event, detect_latency_us=latency)
+
+    def _note(self, event: ForkEvent | None = None) -> None:
+        memory = self._memory
+        if self._id_is_from_disk:
+            seen = {name: value for name, value in memory.truths.items() if name != GENERATION_ID}
+            memory = replace(memory, truths=seen)
+        self._ledger.remember(
+            memory,
+            kmsg_sequence=self.sources.kmsg.last_sequence,
+            interrupts=self._interrupts,
+            event=event,
+            interrupted=() if event is None else self._interrupted(),
+        )
+
+    # What others ask.
+
+    def identity(self, kind: Kind, asked: IdentityPolicy | None = None) -> Identity:
+        """The identity policy that a fork of this kind would get now."""
+        evidence = policy.Evidence(kind=kind, template=self._template())
+        if kind is Kind.COLD:
+            saved, instance = self._ledger.saved, read_instance_id(self._paths).value
+            evidence = replace(
+                evidence,
+                smbios_changed=not same_machine(saved.smbios_uuid, read_smbios(self._paths).value),
+                instance_changed=None not in (saved.instance_id, instance) and saved.instance_id != instance,
+            )
+        return policy.choose(self._config.get(settings.IDENTITY), evidence, asked=asked)
+
+    def _template(self) -> str | None:
+        if self._config.get(settings.TEMPLATE):
+            return "Template=yes is configured"
+        if any(map(os.path.lexists, (self._paths.template_mark_run, self._paths.template_mark))):
+            return "this guest was declared a template by vmforkctl prepare --template"
+        return None
+
+    def settle_baseline(self) -> None:
+        """At the start: save what the next boot compares with, unless a fork is still being reacted to."""
+        if self._ledger.remembered.handled:
+            self.save_baseline()
+
+    def save_baseline(self) -> None:
+        """What the next boot compares with."""
+        self._ledger.baseline(
+            smbios_uuid=read_smbios(self._paths).value, instance_id=read_instance_id(self._paths).value
+        )
+
+    def generation_id(self) -> bytes | None:
+        """The generation ID as it can be read now."""
+        return self.sources.read_truths().get(GENERATION_ID)
+
+    def statuses(self) -> tuple[SourceStatus, ...]:
+        """What every source says of itself."""
+        return self.sources.statuses(
+            timer_runs=self._timer is not None, interval=self._config.get(settings.POLL_INTERVAL_SEC)
+        )
+
+
+def _latency_us(record_us: int | None) -> int | None:
+    """From the kernel's record to now; None where its log clock is ahead of CLOCK_MONOTONIC, as it may be a little."""
+    if record_us is None:
+        return None
+    elapsed = time.monotonic_ns() // 1000 - record_us
+    return elapsed if elapsed >= 0 else None
