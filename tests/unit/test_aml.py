@@ -120,6 +120,15 @@ def test_the_nearest_object_of_a_name_is_meant() -> None:
     assert method("Return (Package () { LOW, 0 })", "Name (LOW, 0x1000) Name (\\_SB.LOW, 0x2000)") == 0x2000
 
 
+def test_a_scope_is_found_upwards_when_it_is_opened_again() -> None:
+    terms = (
+        "Scope (\\_SB) { Device (VGEN) { Name (_HID, 0) } Device (PCI0) { Name (_HID, 1)"
+        "  Scope (VGEN) { Method (ADDR) { Return (Package () { \\_GPE.LOW, 0 }) } }"
+        "  Scope (_GPE) { Name (LOW, 0x4000) } } }"
+    )
+    assert address_in(terms) == 0x4000
+
+
 def test_parents_and_the_root_can_be_named() -> None:
     terms = "Local0 = Package (2) {} Local0 [0] = \\LOW | ^^HIGH Local0 [1] = 0 Return (Local0)"
     assert method(terms, "Name (LOW, 0x10) Name (\\_SB.HIGH, 0x2000) Name (HIGH, 1)") == 0x2010
@@ -166,6 +175,14 @@ def test_a_method_may_decide_and_calculate() -> None:
     assert method(terms, "Name (LOW, 2)") == 0x1_2345_6789
 
 
+def test_an_else_is_left_out_where_the_condition_holds() -> None:
+    terms = (
+        "Local0 = Package (2) { 0, 0 } If (LOW) { Local0 [0] = 0x1000 } Else { Local0 [0] = 0x2000 } Return (Local0)"
+    )
+    assert method(terms, "Name (LOW, 1)") == 0x1000
+    assert method(terms, "Name (LOW, 0)") == 0x2000
+
+
 def test_a_stored_package_is_a_copy() -> None:
     terms = "Local0 = PKG Local0 [0] = 0x9000 Return (PKG)"
     assert method(terms, "Name (PKG, Package () { 0x1000, 0 })") == 0x1000
@@ -200,6 +217,7 @@ def test_integers_have_32_bits_where_the_dsdt_is_old() -> None:
         ("PKG = 0 Return (PKG)", "Name (PKG, Package () { 0x1000, 0 })"),
         ("LOW = 1 Return (Package () { LOW, 0 })", "OperationRegion (REGN, SystemMemory, 0x1000, 8)"
          "Field (REGN, DWordAcc, NoLock, Preserve) { LOW, 32 }"),
+        ("LOW = 0x1000 Return (Package () { LOW, 0 })", 'Name (LOW, "a string stays a string")'),
         ("Return (Package () { LOW, 0 })", "Method (\\_SB.LOW) { Return (0x1000) }"),
         ("Return (Package () { LOW, 0 })", "Device (\\_SB.LOW) { Name (_HID, 0) }"),
     ],
@@ -223,6 +241,8 @@ def test_a_method_with_arguments_is_no_address() -> None:
         "OperationRegion (REGN, SystemMemory, 0x1000, 8) Field (REGN, ByteAcc, NoLock, Preserve) { , 48, LOW, 32 }",
         "OperationRegion (REGN, SystemMemory, 0x1000, 8) Field (REGN, ByteAcc, NoLock, Preserve) { IDX, 8, DAT, 8 }"
         "IndexField (IDX, DAT, ByteAcc, NoLock, Preserve) { LOW, 32 }",
+        "OperationRegion (REGN, SystemMemory, 0x1000, 8) Field (REGN, ByteAcc, NoLock, Preserve) { BNK, 8 }"
+        "BankField (REGN, BNK, 1, ByteAcc, NoLock, Preserve) { LOW, 32 }",
     ],
 )
 def test_a_field_that_is_no_number_in_memory_is_not_read(field: str) -> None:
@@ -244,6 +264,11 @@ def test_a_field_that_is_no_number_in_memory_is_not_read(field: str) -> None:
 def test_unknown_code_in_another_device_is_stepped_over() -> None:
     other = asl.enclosed(b"\x5b\x82", b"\\\x2e_SB_OTHR" + b"\x5b\xff\x01\x02\x03")
     assert address_of(asl.raw_table(other + device(NAMED_ADDRESS))) == 0x1_000D_FFF0
+
+
+def test_a_broken_field_list_is_stepped_over() -> None:
+    field = asl.enclosed(b"\x5b\x81", b"REGN\x00\x07\x07")
+    assert address_of(asl.raw_table(field + device(NAMED_ADDRESS))) == 0x1_000D_FFF0
 
 
 def test_unknown_code_in_our_device_names_the_table_and_the_offset() -> None:
@@ -307,11 +332,8 @@ def test_a_path_that_is_not_absolute_is_refused() -> None:
 
 
 def test_packages_nested_without_end_are_not_understood() -> None:
-    nested = b"\x00"
-    for _ in range(5000):
-        nested = asl.enclosed(b"\x12", b"\x01" + nested)
-    with pytest.raises(AbsentError, match="ADDR"):
-        address_of(asl.raw_table(device(b"\x08ADDR" + nested)))
+    with pytest.raises(AbsentError, match="nested too deeply"):
+        address_of(asl.raw_table(device(b"\x08ADDR" + nested(b"\x12", b"\x01", 5000))))
 
 
 def test_names_that_name_each_other_are_not_understood() -> None:
@@ -325,12 +347,12 @@ def test_aliases_in_a_circle_name_nothing() -> None:
         address_of(asl.raw_table(device(b"\x06AAAAADDR" + b"\x06ADDRAAAA")))
 
 
-def scopes(count: int) -> bytes:
-    """As many scopes inside of each other, in one piece: building them one by one would be quadratic."""
+def nested(opcode: bytes, body: bytes, count: int) -> bytes:
+    """A term inside of itself so many times, written from the outside: wrapping one by one would be quadratic."""
     out = b""
     for left in range(count, 0, -1):
-        length = 9 * left - 1
-        out += b"\x10" + bytes((0xC0 | length & 0x0F,)) + (length >> 4).to_bytes(3, "little") + b"AAAA"
+        length = (len(opcode) + 4 + len(body)) * left - len(opcode)
+        out += opcode + bytes((0xC0 | length & 0x0F,)) + (length >> 4).to_bytes(3, "little") + body
     return out
 
 
@@ -344,7 +366,8 @@ def scopes(count: int) -> bytes:
         pytest.param(b"\\" + b"^" * (1 << 20), id="parents"),
         pytest.param(b"\x72" * (1 << 20), id="operands"),
         pytest.param(b"\x92" * (1 << 20), id="nested operators"),
-        pytest.param(scopes(100_000), id="scopes"),
+        pytest.param(nested(b"\x10", b"AAAA", 100_000), id="nested scopes"),
+        pytest.param(nested(b"\xa0", b"\x01", 170_000), id="nested conditions"),
         pytest.param(b"\x0d" * (1 << 20), id="strings"),
         pytest.param(b"\x11\x01" * (1 << 19), id="empty buffers"),
         pytest.param(b"\x5b\x81\xc0\xff\xff\x00" * (1 << 17), id="broken fields"),

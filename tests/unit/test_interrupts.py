@@ -24,6 +24,7 @@ ARM64 = """\
  11:       2154     GICv2  27 Level     arch_timer
  14:          3     GICv2  67 Edge      vmgenid
  15:          4     GICv2  68 Edge      uart-pl011, vmgenid
+ 16:         10     GICv2  69 Edge      vmgenid, uart-pl011
 IPI0:         0       Rescheduling interrupts
 """
 
@@ -39,7 +40,7 @@ def test_rows_of_one_name_and_all_cpus_are_added() -> None:
 
 
 def test_a_shared_interrupt_counts_for_each_who_handles_it() -> None:
-    assert parse_interrupts(ARM64) == {"vmgenid": 7}
+    assert parse_interrupts(ARM64) == {"vmgenid": 17}
 
 
 @pytest.mark.parametrize("action", ["vmgenid2", "xvmgenid", "ACPI:Gedx", "vmgenid:1"])
@@ -56,6 +57,7 @@ def test_a_name_that_only_looks_like_ours_is_not_counted(action: str) -> None:
         "CPU0\nvmgenid\n",
         "CPU0\n 1: vmgenid\n",
         "CPU0 CPU1\n 1: 5 vmgenid\n",
+        "CPU0 CPU1\n 1: 5 x GICv2 vmgenid\n",
         "CPU0\n 1: -5 GICv2 vmgenid\n",
         "CPU0\n 1: ٣ GICv2 vmgenid\n",
         "CPU0\n 1: " + "9" * 5000 + " GICv2 vmgenid\n",

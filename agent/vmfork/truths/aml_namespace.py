@@ -4,7 +4,7 @@
 Tables are walked without running them. Code inside of a method declares nothing here; code that only runs under a
 condition declares nothing but what is below the device asked for, because that device is known to exist. Whatever is
 declared twice, or in a way that is not read here, becomes Opaque: a name that is taken, with no meaning. Time is
-linear in the tables' size; depth, path length and number of objects are bounded.
+linear in the tables' size; path length and number of objects are bounded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from vmfork.truths.aml_code import Code, Name, NotUnderstood, Path, operands, sk
 from vmfork.truths.aml_objects import Alias, Data, Field, Method, Object, Opaque, Region
 
 _HEADER_SIZE = 36
-_MAXIMUM_DEPTH = 64
 _MAXIMUM_PATH = 64
 _MAXIMUM_OBJECTS = 1 << 18
 _MAXIMUM_ALIASES = 8
@@ -39,7 +38,6 @@ class _Frame(NamedTuple):
     end: int
     scope: Path
     conditional: bool
-    depth: int
 
 
 class Namespace:
@@ -54,7 +52,7 @@ class Namespace:
 
     def load(self, code: Code) -> None:
         """Add what one table declares (its header is not looked at). Never raises: see `problems`."""
-        frames = [_Frame(_HEADER_SIZE, len(code.data), (), conditional=False, depth=0)]
+        frames = [_Frame(_HEADER_SIZE, len(code.data), (), conditional=False)]
         while frames:
             frame = frames.pop()
             try:
@@ -136,7 +134,7 @@ class Namespace:
 
         A problem in here costs this term only: its length says where the next one starts.
         """
-        inside = frame._replace(at=start, end=end, depth=frame.depth + 1)
+        inside = frame._replace(at=start, end=end)
         try:
             if opcode in _SCOPES:
                 inside = self._scope(code, inside, opcode)
@@ -147,8 +145,6 @@ class Namespace:
             else:
                 self._closed(code, inside, opcode)
                 return None
-            if inside.depth > _MAXIMUM_DEPTH:
-                raise code.wrong(start, "is nested too deeply")
         except NotUnderstood as problem:
             self._give_up(problem, inside.scope)
             return None
