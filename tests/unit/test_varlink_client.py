@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import socket
@@ -39,15 +40,15 @@ def client(loop: Loop) -> Iterator[Client]:
 
 
 @contextmanager
-def strange_server(path: Path, *says: bytes, hang_up: bool = True) -> Iterator[str]:
-    """Accepts one client, waits for its first bytes, says these pieces, and hangs up or stays silent."""
+def strange_server(path: Path, *says: bytes, hang_up: bool = True, repeat: bool = False) -> Iterator[str]:
+    """Accepts one client, waits for its first bytes, says these pieces once or for ever, and hangs up or is silent."""
     over = threading.Event()
 
     def work() -> None:
         accepted, _ = listener.accept()
         with accepted:
             accepted.recv(1000)
-            for piece in says:
+            for piece in itertools.cycle(says) if repeat else says:
                 try:
                     accepted.sendall(piece)
                 except OSError:
@@ -109,7 +110,7 @@ def test_stream_ends_with_the_last_reply(tmp_path: Path) -> None:
 
 
 def test_stream_ends_with_an_error(tmp_path: Path) -> None:
-    says = framing.encode_reply({"n": 1}, continues=True) + framing.encode_error("a.b.Over")
+    says = framing.encode_reply({"n": 1}, continues=True) + b'{"error":"a.b.Over","continues":true}\0'
     with strange_server(tmp_path / "s", says, hang_up=False) as path, Client.connect(path) as client:
         replies = client.stream("a.b.C")
         assert next(replies) == {"n": 1}
@@ -250,6 +251,13 @@ def test_server_that_drips_is_overdue_too(tmp_path: Path) -> None:
     with strange_server(tmp_path / "s", b'{"par', hang_up=False) as path, Client.connect(path) as client:
         with pytest.raises(Overdue):
             client.call("io.vmfork.GetStatus", timeout=0.1)
+        assert client.closed
+
+
+def test_server_that_never_stops_talking_is_overdue_too(tmp_path: Path) -> None:
+    with strange_server(tmp_path / "s", b"x", repeat=True) as path, Client.connect(path) as client:
+        with pytest.raises(Overdue):
+            client.call("io.vmfork.GetStatus", timeout=0.2)
         assert client.closed
 
 

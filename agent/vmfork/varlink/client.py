@@ -187,7 +187,8 @@ class Client:
             reply = self._next()
             if reply is not None:
                 return reply
-            if not self._read():
+            # A peer that never stops sending does not get beyond the deadline either.
+            if not self._read() or (deadline is not None and time.monotonic() >= deadline):
                 self._await(select.POLLIN, deadline)
 
     def _next(self) -> JsonObject | None:

@@ -68,7 +68,6 @@ class Connection:
         "_calls",
         "_charged",
         "_decoder",
-        "_ended",
         "_interest",
         "_output",
         "_owner",
@@ -95,7 +94,6 @@ class Connection:
         self._output: deque[memoryview] = deque()
         self._queued = 0
         self._charged = 0
-        self._ended = False
         self._interest = selectors.EVENT_READ
         owner.selector.register(sock, self._interest, self._ready)
 
@@ -168,7 +166,7 @@ class Connection:
             self.close(f"lost: {error.strerror}")
             return
         if not data:
-            self._ended = True
+            self.close("has gone")
             return
         self._decoder.feed(data)
         if self._waiting is not None and len(self._decoder) > self._owner.limits.message:
@@ -237,11 +235,9 @@ class Connection:
                 self.close("its user has too much waiting")
                 return
         runnable = self._decoder.has_message if self._waiting is None else not self._calls
-        if self._ended and not self._output and not runnable:
-            self.close("has gone")
-            return
         # Calls that are already read run at the next turn of the loop, after everybody else's: a writable socket
-        # reports at once. A client with output waiting is not read from.
+        # reports at once. A client with output waiting is not read from; so the end of its input is only ever seen
+        # when all of its calls have run and their answers are on their way.
         interest = selectors.EVENT_WRITE if self._output or runnable else selectors.EVENT_READ
         if interest != self._interest:
             self._interest = interest
