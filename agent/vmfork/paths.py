@@ -82,6 +82,9 @@ class Paths:
     platform_driver = _Below("/sys/bus/platform/drivers/vmgenid")
     acpi_driver = _Below("/sys/bus/acpi/drivers/vmgenid")
     vmgenid_module = _Below("/sys/module/vmgenid")
+    osrelease = _Below("/proc/sys/kernel/osrelease")
+    kernel_modules = _Below("/lib/modules")
+    kernel_configs = _Below("/boot")
     interrupts = _Below("/proc/interrupts")
     gpe05 = _Below("/sys/firmware/acpi/interrupts/gpe05")
 
