@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directory trees made of Debian packages by mmdebstrap: guests, kernels, and a newer QEMU.
+
+Two shapes: an installed system (`installed=True`, maintainer scripts run, native architecture), or packages merely
+unpacked side by side (no script runs, so any architecture will do). Needs root; everything comes from one mirror.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lab import cache
+from lab.host import LabError, tool
+
+# Guests are small and short-lived: nobody reads manual pages or changes the language in them.
+_LEAN = ("/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/i18n/*")
+# What a merged-/usr system has and base-files would create in a maintainer script.
+_MERGED = ("bin", "sbin", "lib", "lib64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packages:
+    """A selection of Debian packages with their dependencies, without recommendations."""
+
+    name: str
+    suite: str
+    architecture: str
+    include: tuple[str, ...]
+    backports: bool = False
+    installed: bool = False
+
+    @property
+    def key(self) -> str:
+        """Changes whenever the tree would be built differently."""
+        return cache.key_of(asdict(self), _LEAN, _MERGED)
+
+
+def mirror() -> str:
+    """Where packages come from: VMFORK_LAB_MIRROR, else what this Debian host uses, else Debian's own name."""
+    chosen = os.environ.get("VMFORK_LAB_MIRROR")
+    if chosen:
+        return chosen
+    query = ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)", "Identifier: Packages"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    for line in answer.stdout.splitlines():
+        origin, label, uri = line.split("|", 2)
+        if (origin, label) == ("Debian", "Debian") and uri.startswith("http"):
+            return uri.rstrip("/")
+    raise LabError("this host knows no Debian archive")
+
+
+def unpack(packages: Packages, directory: Path) -> None:
+    """Fill `directory`, which exists and is empty, with the packages.
+
+    Raises LabError with the end of mmdebstrap's output when the archive does not answer or lacks a package.
+    """
+    suites = [packages.suite]
+    options = []
+    if packages.backports:
+        suites.append(f"{packages.suite}-backports")
+        options.append(f'--aptopt=APT::Default-Release "{packages.suite}-backports"')
+    options += [f"--dpkgopt=path-exclude={pattern}" for pattern in _LEAN]
+    command = [
+        tool("mmdebstrap"), "--quiet", "--mode=root",
+        f"--variant={'essential' if packages.installed else 'extract'}",
+        f"--architectures={packages.architecture}",
+        f"--include={','.join(packages.include)}",
+        *options,
+        packages.suite,
+        os.fspath(directory),
+        *(f"deb {mirror()} {suite} main" for suite in suites),
+    ]  # fmt: skip
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise LabError(f"mmdebstrap failed for {packages.name} ({packages.suite}):\n{done.stdout[-2000:]}")
+    if not packages.installed:
+        _merge_usr(directory)
+
+
+def tree(packages: Packages, *, estimate: str = "") -> Path:
+    """The cached tree of these packages; built when it is not there."""
+
+    def build(partial: Path) -> None:
+        root = partial / "root"
+        root.mkdir(mode=0o755)
+        unpack(packages, root)
+
+    return cache.artefact(packages.name, packages.key, build, estimate=estimate) / "root"
+
+
+def _merge_usr(root: Path) -> None:
+    for name in _MERGED:
+        if (root / "usr" / name).is_dir() and not (root / name).exists():
+            (root / name).symlink_to(f"usr/{name}")

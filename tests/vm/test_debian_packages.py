@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Debian packages in clean roots of both releases: they build there, lintian has nothing to say, and installing,
+upgrading, removing and purging them leaves neither dirt nor damage. No virtual machine is needed, but minutes are.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab.archive import Packages, tree
+from lab.host import LabError
+from support.chroot import Chroot
+from support.tools import need, need_root, unavailable
+
+TOP = Path(__file__).resolve().parents[2]
+RELEASES = ("bookworm", "trixie")
+
+pytestmark = pytest.mark.vm
+
+BUILD_TOOLS = (
+    "build-essential",
+    "debhelper",
+    "dh-python",
+    "lintian",
+    "pybuild-plugin-pyproject",
+    "python3-all",
+    "python3-docutils",
+    "python3-setuptools",
+)
+# What the packages depend on, and everything that has a place of its own in the order of the boot.
+CROWD = (
+    "chrony",
+    "cloud-init",
+    "dbus",
+    "ifupdown",
+    "isc-dhcp-client",
+    "network-manager",
+    "openssh-server",
+    "python3-pyroute2",
+    "python3-pyudev",
+    "python3-systemd",
+    "systemd-resolved",
+    "systemd-sysv",
+    "udev",
+)
+
+
+def chroot(name: str, release: str, include: tuple[str, ...], scratch: Path) -> Chroot:
+    need("mmdebstrap", package="mmdebstrap")
+    need("unshare", package="util-linux")
+    need_root()
+    architecture = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, check=True)
+    wanted = Packages(
+        name=f"{name}-{release}",
+        suite=release,
+        architecture=architecture.stdout.strip(),
+        include=include,
+        installed=True,
+    )
+    try:
+        return Chroot(tree(wanted, estimate="a minute"), scratch)
+    except LabError as error:
+        unavailable(str(error))
+        raise
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def release(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def built(release: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with the packages, made in a clean root of the release; the build's output is beside them."""
+    scratch = tmp_path_factory.mktemp(f"build-{release}")
+    box = chroot("packages-build", release, BUILD_TOOLS, scratch)
+    source = box.upper / "root" / "vmfork"
+    source.mkdir(parents=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=TOP,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        path = TOP / name
+        if path.is_symlink() or path.is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, source / name, follow_symlinks=False)
+    output = box.run("cd /root/vmfork && dpkg-buildpackage -us -uc 2>&1")
+    (scratch / "build.log").write_text(output)
+    # An override of what the environment lacks is no statement about the package: only errors and warnings count.
+    (scratch / "lintian.log").write_text(
+        box.run("cd /root && lintian --allow-root --fail-on error,warning --info vmfork_*.changes 2>&1", check=False)
+    )
+    products = scratch / "products"
+    products.mkdir()
+    for deb in (box.upper / "root").glob("*.deb"):
+        shutil.copy(deb, products)
+    yield products
+    shutil.rmtree(box.upper)
+
+
+@pytest.fixture
+def guest(release: str, built: Path, tmp_path: Path) -> Iterator[Chroot]:
+    """An installed system without vmfork; the packages are in /root."""
+    box = chroot("packages-install", release, CROWD, tmp_path)
+    (box.upper / "root").mkdir(mode=0o700)
+    for deb in built.glob("*.deb"):
+        shutil.copy(deb, box.upper / "root")
+    yield box
+    shutil.rmtree(box.upper)
+
+
+INSTALL = "dpkg --install --force-confold /root/*.deb"
+NAMES = "vmfork python3-vmfork libvmfork-dev"
+
+
+def test_three_packages_are_built(built: Path) -> None:
+    assert {path.name.partition("_")[0] for path in built.glob("*.deb")} == set(NAMES.split())
+
+
+def test_lintian_finds_neither_errors_nor_warnings(built: Path) -> None:
+    log = (built.parent / "lintian.log").read_text()
+    assert re.findall(r"^[EW]: .*", log, re.MULTILINE) == []
+    assert "internal error" not in log
+
+
+def test_installed_program_answers(guest: Chroot) -> None:
+    guest.run(INSTALL)
+    assert guest.run("vmforkctl --version").split()[-1] == guest.run("dpkg-query -W -f '${Version}' vmfork").strip()
+
+
+def test_purge_leaves_nothing_behind(guest: Chroot) -> None:
+    # Triggers of the packages rewrite these for anybody who is installed.
+    own = re.compile(r"^(?!/var/(lib/dpkg|log|cache|lib/systemd/catalog)/|/dev/|/run/|/proc/).*")
+    before = guest.files()
+    guest.run(INSTALL)
+    assert "/usr/bin/vmforkctl" in guest.files()
+    guest.run("mkdir -p /var/lib/vmfork && touch /var/lib/vmfork/state.json && vmforkctl --version")
+    guest.run(f"dpkg --purge {NAMES}")
+    left = {path for path in guest.files() - before if own.match(path)}
+    assert left == set()
+
+
+def test_administrators_files_survive_upgrade_removal_and_purge(guest: Chroot) -> None:
+    guest.run(INSTALL)
+    guest.run("""
+        printf '[React]\\nTemplate=yes\\n' >/etc/vmfork/vmfork.conf
+        echo mine >>/etc/vmfork/hooks.d/README
+        printf '#!/bin/sh\\n' >/etc/vmfork/hooks.d/50-mine
+    """)
+    guest.run(INSTALL)
+    guest.run(f"dpkg --remove {NAMES}")
+    guest.run(INSTALL)
+    assert guest.run("tail -n 1 /etc/vmfork/hooks.d/README") == "mine\n"
+    guest.run(f"dpkg --purge {NAMES}")
+    assert guest.run("cat /etc/vmfork/vmfork.conf") == "[React]\nTemplate=yes\n"
+    guest.run("test -e /etc/vmfork/hooks.d/50-mine")
+
+
+def test_daemon_and_early_boot_are_enabled(guest: Chroot) -> None:
+    guest.run(INSTALL)
+    assert guest.run("systemctl is-enabled vmforkd vmfork-boot").split() == ["enabled", "enabled"]
+
+
+def test_disabled_daemon_stays_disabled_over_an_upgrade(guest: Chroot) -> None:
+    guest.run(INSTALL)
+    guest.run("systemctl disable vmforkd")
+    guest.run(INSTALL)
+    assert guest.run("systemctl is-enabled vmforkd", check=False).split() == ["disabled"]
+
+
+def test_installation_starts_nothing_but_the_daemon(guest: Chroot) -> None:
+    guest.run(INSTALL)
+    scripts = guest.run("cat /var/lib/dpkg/info/vmfork.*inst /var/lib/dpkg/info/vmfork.*rm")
+    started = re.findall(r"deb-systemd-invoke \S+ (.*?) >", scripts)
+    assert {unit.strip("'") for unit in started} == {"vmforkd.service"}
+    assert "trigger --action=change" in scripts
+    assert "vmforkctl" not in scripts
+
+
+CYCLE = "systemd-analyze verify --man=no default.target 2>&1 | grep -i cycle || true"
+
+
+def test_boot_has_no_ordering_cycle(guest: Chroot) -> None:
+    guest.run(INSTALL)
+    guest.run("systemctl enable systemd-networkd NetworkManager ssh networking chrony")
+    assert guest.run(CYCLE) == ""
+
+
+def test_ordering_cycle_would_be_seen(guest: Chroot) -> None:
+    guest.run(INSTALL)
+    guest.run("""
+        mkdir -p /etc/systemd/system/vmfork-boot.service.d
+        printf '[Unit]\\nAfter=ssh.service\\n' >/etc/systemd/system/vmfork-boot.service.d/wrong.conf
+    """)
+    assert "vmfork-boot.service" in guest.run(CYCLE)
+
+
+def test_units_are_understood_by_the_release(guest: Chroot) -> None:
+    guest.run(INSTALL)
+    units = "vmforkd.service vmfork-boot.service vmfork-react.service vmfork.target"
+    said = guest.run(f"systemd-analyze verify --man=no {units} 2>&1 || true")
+    assert [line for line in said.splitlines() if "vmfork" in line] == []
+
+
+def test_daemon_is_sandboxed_by_the_rules_of_the_release(guest: Chroot) -> None:
+    guest.run(INSTALL)
+    guest.run("systemd-analyze security --offline=yes --threshold=25 --no-pager vmforkd.service")
