@@ -31,7 +31,7 @@ _vmforkctl() {
             compopt -o filenames 2>/dev/null
             return
             ;;
-        --after | --timeout | --reason) return ;;
+        --after | --timeout | --reason | --deadline | --lines | -n | --parent) return ;;
     esac
 
     local choices
@@ -41,11 +41,12 @@ _vmforkctl() {
         -*)
             choices=$common
             case $verb in
-                react) choices+=' --dry-run' ;;
-                rotate | resume | reload) choices+=' --dry-run' ;;
-                action) choices+=' --dry-run' ;;
+                list) choices+=' -n --lines' ;;
+                plan) choices+=' --identity=auto --identity=rotate --identity=keep' ;;
+                action | rotate | resume) choices+=' --dry-run' ;;
+                react) choices+=' --dry-run --parent' ;;
                 trigger) choices+=' --dry-run --reason --identity=auto --identity=rotate --identity=keep' ;;
-                prepare) choices+=' --dry-run --template' ;;
+                prepare) choices+=' --dry-run --template --deadline' ;;
                 wait) choices+=' --settled --after --timeout' ;;
             esac
             ;;

@@ -46,13 +46,17 @@ _vmforkctl() {
     rest)
       case $words[1] in
         action) _arguments $common '--dry-run[change nothing]' '1:action:_vmforkctl_actions' ;;
-        react|rotate|resume|reload) _arguments $common '--dry-run[change nothing]' ;;
+        list) _arguments $common '(-n --lines)'{-n,--lines}'[only the newest]:number:' ;;
+        plan) _arguments $common '--identity=-[whether to make a new identity]:policy:(auto rotate keep)' ;;
+        react) _arguments $common '--dry-run[change nothing]' '--parent[end with this process]:process:_pids' ;;
+        rotate|resume) _arguments $common '--dry-run[change nothing]' ;;
         trigger)
           _arguments $common '--dry-run[change nothing]' '--reason[why]:reason:' \
             '--identity=-[whether to make a new identity]:policy:(auto rotate keep)'
           ;;
         prepare)
-          _arguments $common '--dry-run[change nothing]' '--template[every clone needs its own identity]'
+          _arguments $common '--dry-run[change nothing]' '--template[every clone needs its own identity]' \
+            '--deadline[undo it by itself]:seconds:'
           ;;
         wait)
           _arguments $common '--settled[until the reaction has succeeded]' \
