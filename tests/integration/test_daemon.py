@@ -16,6 +16,8 @@ from support.runningdaemon import RunningDaemon, eventually, vmforkctl, write_ho
 from vmfork.page import DETECTION_EVENT, DETECTION_NONE, DETECTION_TIMER, read_page
 
 OTHER_BOOT = "11111111-2222-3333-4444-555555555555"
+# Leaves a trace, then takes long, until the test says otherwise.
+SLOW = 'echo "{what}" >> "$VMFORK_ROOT/ran"; [ -e "$VMFORK_ROOT/go" ] || sleep 60'
 
 
 def fresh_id() -> bytes:
@@ -245,7 +247,7 @@ def test_the_vmclock_counter_is_not_compared_over_a_boot(guest: FakeGuest) -> No
 
 
 def test_a_fork_whose_reaction_was_cut_off_by_a_kill_is_reacted_to_after_the_restart(guest: FakeGuest) -> None:
-    write_hook(guest, "10-slow", 'echo "$VMFORK_FORK_TOKEN" >> "$VMFORK_ROOT/ran"; [ -e "$VMFORK_ROOT/go" ] || sleep 60')
+    write_hook(guest, "10-slow", SLOW.format(what="$VMFORK_FORK_TOKEN"))
     with RunningDaemon(guest) as daemon:
         guest.fork(fresh_id())
         eventually(lambda: (guest.root / "ran").exists())
@@ -258,7 +260,7 @@ def test_a_fork_whose_reaction_was_cut_off_by_a_kill_is_reacted_to_after_the_res
 
 
 def test_a_fork_during_a_reaction_supersedes_it(guest: FakeGuest) -> None:
-    write_hook(guest, "10-slow", 'echo "$VMFORK_GENERATION" >> "$VMFORK_ROOT/ran"; [ -e "$VMFORK_ROOT/go" ] || sleep 60')
+    write_hook(guest, "10-slow", SLOW.format(what="$VMFORK_GENERATION"))
     with RunningDaemon(guest) as daemon:
         guest.fork(fresh_id())
         eventually(lambda: (guest.root / "ran").exists())

@@ -7,12 +7,12 @@ A program that is told of a fork and asks for new randomness must get randomness
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping
 
 from vmfork import kernelrng
+from vmfork.blake2 import blake2b
 from vmfork.daemon.clocks import Moment
 from vmfork.errors import AbsentError
 from vmfork.paths import Paths
@@ -44,7 +44,7 @@ def new_token(paths: Paths, truths: Mapping[str, bytes], moment: Moment) -> byte
 
     Even where the kernel's generator could not be reseeded, clones with different IDs or clocks get different tokens.
     """
-    digest = hashlib.blake2b(digest_size=TOKEN_BYTES, person=b"vmfork-token")
+    digest = blake2b(digest_size=TOKEN_BYTES, person=b"vmfork-token")
     digest.update(os.getrandom(32))
     digest.update(kernelrng.hardware_bytes(paths, 32))
     digest.update(_own_bytes(truths, moment))

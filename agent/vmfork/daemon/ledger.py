@@ -8,7 +8,6 @@ report, not a reason to stop: what it did not take is written again with the nex
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from vmfork import ids, page, state
+from vmfork.blake2 import blake2b
 from vmfork.detector import GENERATION_ID, Memory
 from vmfork.errors import InputError
 from vmfork.history import HistoryWriter
@@ -113,7 +113,7 @@ class Ledger:
         """A keyed hash of an ID: equal IDs give equal tags within this boot, and nothing leads back to the ID."""
         if generation_id is None:
             return None
-        return hashlib.blake2b(generation_id, key=self.remembered.tag_key, digest_size=8).hexdigest()
+        return blake2b(generation_id, key=self.remembered.tag_key, digest_size=8).hexdigest()
 
     # What happens to a fork, in this order.
 

@@ -19,14 +19,14 @@ from vmfork.errors import AbsentError, InputError
 from vmfork.model import Detection, Role, SourceStatus
 from vmfork.paths import Paths
 from vmfork.truths import Truth
-from vmfork.truths.acpi import AcpiGenerationId
-from vmfork.truths.devicetree import DeviceTreeGenerationId
 from vmfork.truths.evidence import read_instance_id, read_smbios
 from vmfork.truths.fwcfg import FwCfgGenerationId
-from vmfork.truths.physmem import PhysicalMemory
 from vmfork.truths.vmclock import VmclockCounter, VmclockDevice
 
 VMCLOCK = "vmclock"
+
+# The truths that are found through devicetree or AML and read from physical memory.
+_IN_MEMORY = ("devicetree", "acpi")
 
 # A host that writes while we read is done within microseconds.
 _READS = 8
@@ -50,13 +50,8 @@ class Sources:
         self.vmclock = VmclockPoll(self._device)
         self._counter = VmclockCounter(self._device)
         self._fw_cfg = FwCfgGenerationId(self._paths)
-        memory = PhysicalMemory(self._paths)
-        self._in_memory: tuple[Truth, ...] = (
-            DeviceTreeGenerationId(self._paths, memory),
-            AcpiGenerationId(self._paths, memory),
-        )
         self._absences: dict[str, AbsentError | InputError] = {}
-        self._usable = tuple(truth for truth in self._in_memory if self._may_use_memory() and self._try(truth))
+        self._usable = self._readable_in_memory() if self._may_use_memory() else ()
         self.settled = True
         self.listening = self._authoritative()
 
@@ -64,6 +59,16 @@ class Sources:
         if self._memory_policy == "auto":
             return self._try(self._fw_cfg) is None
         return self._memory_policy == "yes"
+
+    def _readable_in_memory(self) -> tuple[Truth, ...]:
+        # Imported where it is needed: on QEMU, where fw_cfg has the ID, the idle daemon does without the AML evaluator.
+        from vmfork.truths.acpi import AcpiGenerationId
+        from vmfork.truths.devicetree import DeviceTreeGenerationId
+        from vmfork.truths.physmem import PhysicalMemory
+
+        memory = PhysicalMemory(self._paths)
+        truths = (DeviceTreeGenerationId(self._paths, memory), AcpiGenerationId(self._paths, memory))
+        return tuple(truth for truth in truths if self._try(truth) is not None)
 
     def _try(self, truth: Truth) -> bytes | None:
         try:
@@ -127,7 +132,7 @@ class Sources:
 
     def statuses(self, *, timer_runs: bool, interval: float) -> tuple[SourceStatus, ...]:
         """Every source in the order of the contract, with why it is not live and what would help."""
-        truths = self._read_once()
+        self._read_once()  # so that the reasons are those of this moment
         timer = SourceStatus(
             name="timer",
             role=Role.EDGE,
@@ -140,8 +145,7 @@ class Sources:
             *(edge.status() for edge in self.edges()),
             timer,
             manual,
-            *(self._truth_status(truth, GENERATION_ID in truths) for truth in (self._fw_cfg, *self._in_memory)),
-            self._truth_status(self._counter, VMCLOCK in truths),
+            *(self._truth_status(name) for name in (self._fw_cfg.name, *_IN_MEMORY, VMCLOCK)),
             *(
                 SourceStatus(
                     name=one.name, role=Role.TRUTH, live=one.value is not None, detail=one.detail, hint=one.hint
@@ -150,17 +154,19 @@ class Sources:
             ),
         )
 
-    def _truth_status(self, truth: Truth, something_readable: bool) -> SourceStatus:  # noqa: FBT001
-        absence = self._absences.get(truth.name)
-        if truth in self._in_memory and truth not in self._usable and absence is None:
-            reason = "not read: another generation ID is readable" if something_readable else "not read"
-            if self._memory_policy == "no":
-                reason = "not read: PhysicalMemory=no"
-            return SourceStatus(name=truth.name, role=Role.TRUTH, live=False, detail=reason)
+    def _truth_status(self, name: str) -> SourceStatus:
+        absence = self._absences.get(name)
+        hint = None
         if absence is not None:
-            return SourceStatus(name=truth.name, role=Role.TRUTH, live=False, detail=str(absence), hint=absence.hint)
-        what = "the generation counter" if truth.name == VMCLOCK else "the generation ID"
-        return SourceStatus(name=truth.name, role=Role.TRUTH, live=True, detail=f"reads {what}")
+            detail, hint = str(absence), absence.hint
+        elif name not in _IN_MEMORY or any(truth.name == name for truth in self._usable):
+            what = "the generation counter" if name == VMCLOCK else "the generation ID"
+            return SourceStatus(name=name, role=Role.TRUTH, live=True, detail=f"reads {what}")
+        else:
+            detail = "not read: " + (
+                "PhysicalMemory=no" if self._memory_policy == "no" else "fw_cfg has the generation ID"
+            )
+        return SourceStatus(name=name, role=Role.TRUTH, live=False, detail=detail, hint=hint)
 
     def close(self) -> None:
         """Give all descriptors back."""
