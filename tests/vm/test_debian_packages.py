@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from lab.archive import Packages, tree
 from lab.host import LabError
+
 from support.chroot import Chroot
 from support.tools import need, need_root, unavailable
 
@@ -117,6 +118,18 @@ def guest(release: str, built: Path, tmp_path: Path) -> Iterator[Chroot]:
     shutil.rmtree(box.upper)
 
 
+@pytest.fixture(scope="module")
+def installed(release: str, built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chroot]:
+    """An installed system with vmfork, for tests that only look."""
+    box = chroot("packages-install", release, CROWD, tmp_path_factory.mktemp(f"installed-{release}"))
+    (box.upper / "root").mkdir(mode=0o700)
+    for deb in built.glob("*.deb"):
+        shutil.copy(deb, box.upper / "root")
+    box.run(INSTALL)
+    yield box
+    shutil.rmtree(box.upper)
+
+
 INSTALL = "dpkg --install --force-confold /root/*.deb"
 NAMES = "vmfork python3-vmfork libvmfork-dev"
 
@@ -131,9 +144,11 @@ def test_lintian_finds_neither_errors_nor_warnings(built: Path) -> None:
     assert "internal error" not in log
 
 
-def test_installed_program_answers(guest: Chroot) -> None:
-    guest.run(INSTALL)
-    assert guest.run("vmforkctl --version").split()[-1] == guest.run("dpkg-query -W -f '${Version}' vmfork").strip()
+def test_installed_program_answers(installed: Chroot) -> None:
+    assert (
+        installed.run("vmforkctl --version").split()[-1]
+        == installed.run("dpkg-query -W -f '${Version}' vmfork").strip()
+    )
 
 
 def test_purge_leaves_nothing_behind(guest: Chroot) -> None:
@@ -164,9 +179,8 @@ def test_administrators_files_survive_upgrade_removal_and_purge(guest: Chroot) -
     guest.run("test -e /etc/vmfork/hooks.d/50-mine")
 
 
-def test_daemon_and_early_boot_are_enabled(guest: Chroot) -> None:
-    guest.run(INSTALL)
-    assert guest.run("systemctl is-enabled vmforkd vmfork-boot").split() == ["enabled", "enabled"]
+def test_daemon_and_early_boot_are_enabled(installed: Chroot) -> None:
+    assert installed.run("systemctl is-enabled vmforkd vmfork-boot").split() == ["enabled", "enabled"]
 
 
 def test_disabled_daemon_stays_disabled_over_an_upgrade(guest: Chroot) -> None:
@@ -176,9 +190,8 @@ def test_disabled_daemon_stays_disabled_over_an_upgrade(guest: Chroot) -> None:
     assert guest.run("systemctl is-enabled vmforkd", check=False).split() == ["disabled"]
 
 
-def test_installation_starts_nothing_but_the_daemon(guest: Chroot) -> None:
-    guest.run(INSTALL)
-    scripts = guest.run("cat /var/lib/dpkg/info/vmfork.*inst /var/lib/dpkg/info/vmfork.*rm")
+def test_installation_starts_nothing_but_the_daemon(installed: Chroot) -> None:
+    scripts = installed.run("cat /var/lib/dpkg/info/vmfork.*inst /var/lib/dpkg/info/vmfork.*rm")
     started = re.findall(r"deb-systemd-invoke \S+ (.*?) >", scripts)
     assert {unit.strip("'") for unit in started} == {"vmforkd.service"}
     assert "trigger --action=change" in scripts
@@ -188,10 +201,9 @@ def test_installation_starts_nothing_but_the_daemon(guest: Chroot) -> None:
 CYCLE = "systemd-analyze verify --man=no default.target 2>&1 | grep -i cycle || true"
 
 
-def test_boot_has_no_ordering_cycle(guest: Chroot) -> None:
-    guest.run(INSTALL)
-    guest.run("systemctl enable systemd-networkd NetworkManager ssh networking chrony")
-    assert guest.run(CYCLE) == ""
+def test_boot_has_no_ordering_cycle(installed: Chroot) -> None:
+    installed.run("systemctl enable systemd-networkd NetworkManager ssh networking chrony")
+    assert installed.run(CYCLE) == ""
 
 
 def test_ordering_cycle_would_be_seen(guest: Chroot) -> None:
@@ -203,13 +215,11 @@ def test_ordering_cycle_would_be_seen(guest: Chroot) -> None:
     assert "vmfork-boot.service" in guest.run(CYCLE)
 
 
-def test_units_are_understood_by_the_release(guest: Chroot) -> None:
-    guest.run(INSTALL)
+def test_units_are_understood_by_the_release(installed: Chroot) -> None:
     units = "vmforkd.service vmfork-boot.service vmfork-react.service vmfork.target"
-    said = guest.run(f"systemd-analyze verify --man=no {units} 2>&1 || true")
+    said = installed.run(f"systemd-analyze verify --man=no {units} 2>&1 || true")
     assert [line for line in said.splitlines() if "vmfork" in line] == []
 
 
-def test_daemon_is_sandboxed_by_the_rules_of_the_release(guest: Chroot) -> None:
-    guest.run(INSTALL)
-    guest.run("systemd-analyze security --offline=yes --threshold=25 --no-pager vmforkd.service")
+def test_daemon_is_sandboxed_by_the_rules_of_the_release(installed: Chroot) -> None:
+    installed.run("systemd-analyze security --offline=yes --threshold=25 --no-pager vmforkd.service")
