@@ -8,15 +8,14 @@ then the reaction, and the disk last. Nothing before the page waits for a disk o
 from __future__ import annotations
 
 import logging
-import os
 import select
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from vmfork import ids, policy, settings
+from vmfork import ids, settings
 from vmfork.config import Config
-from vmfork.daemon import freshness
+from vmfork.daemon import freshness, identity
 from vmfork.daemon.clocks import Moment
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Deadline, Loop
@@ -26,7 +25,6 @@ from vmfork.edges import NOTHING, Heard
 from vmfork.edges.interrupts import moved, read_counters
 from vmfork.model import Detection, ForkEvent, HookResult, Identity, IdentityPolicy, Kind, SourceStatus
 from vmfork.paths import Paths
-from vmfork.truths.evidence import read_instance_id, read_smbios, same_machine
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +176,8 @@ class Watch:
             log.warning("%s reported a fork, but the generation ID is unchanged: ignored", name)
         if self.sources.uevent is not None and heard["uevent"].words:
             self.sources.uevent.note_heard()
-        if first_sight and not decision.fork and self._ledger.remembered.handled:
-            self.save_baseline()
+        if first_sight and not decision.fork:
+            self.settle_baseline()
         if not self.sources.settled:
             self._loop.after(_READ_AGAIN_SEC, lambda: self._wake(frozenset()))
         if any(said.hotplug for said in heard.values()):
@@ -255,33 +253,12 @@ class Watch:
 
     def identity(self, kind: Kind, asked: IdentityPolicy | None = None) -> Identity:
         """The identity policy that a fork of this kind would get now."""
-        evidence = policy.Evidence(kind=kind, template=self._template())
-        if kind is Kind.COLD:
-            saved, instance = self._ledger.saved, read_instance_id(self._paths).value
-            evidence = replace(
-                evidence,
-                smbios_changed=not same_machine(saved.smbios_uuid, read_smbios(self._paths).value),
-                instance_changed=None not in (saved.instance_id, instance) and saved.instance_id != instance,
-            )
-        return policy.choose(self._config.get(settings.IDENTITY), evidence, asked=asked)
-
-    def _template(self) -> str | None:
-        if self._config.get(settings.TEMPLATE):
-            return "Template=yes is configured"
-        if any(map(os.path.lexists, (self._paths.template_mark_run, self._paths.template_mark))):
-            return "this guest was declared a template by vmforkctl prepare --template"
-        return None
+        return identity.choose(self._paths, self._config, self._ledger.saved, kind, asked=asked)
 
     def settle_baseline(self) -> None:
         """At the start: save what the next boot compares with, unless a fork is still being reacted to."""
         if self._ledger.remembered.handled:
-            self.save_baseline()
-
-    def save_baseline(self) -> None:
-        """What the next boot compares with."""
-        self._ledger.baseline(
-            smbios_uuid=read_smbios(self._paths).value, instance_id=read_instance_id(self._paths).value
-        )
+            identity.save_baseline(self._paths, self._ledger)
 
     def generation_id(self) -> bytes | None:
         """The generation ID as it can be read now."""

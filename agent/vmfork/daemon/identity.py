@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gathers the evidence that the identity policy is chosen by, and saves the baseline it is compared with."""
+
+from __future__ import annotations
+
+import os
+
+from vmfork import policy, settings
+from vmfork.config import Config
+from vmfork.daemon.ledger import Ledger
+from vmfork.model import Identity, IdentityPolicy, Kind
+from vmfork.paths import Paths
+from vmfork.state import Saved
+from vmfork.truths.evidence import read_instance_id, read_smbios, same_machine
+
+
+def choose(paths: Paths, config: Config, saved: Saved, kind: Kind, *, asked: IdentityPolicy | None) -> Identity:
+    """The policy for a fork of this kind. Only a cold one looks at the evidence: a live one must not wait for files."""
+    template = _template(paths, config)
+    evidence = policy.Evidence(kind=kind, template=template)
+    if kind is Kind.COLD:
+        instance = read_instance_id(paths).value
+        evidence = policy.Evidence(
+            kind=kind,
+            template=template,
+            smbios_changed=not same_machine(saved.smbios_uuid, read_smbios(paths).value),
+            instance_changed=None not in (saved.instance_id, instance) and saved.instance_id != instance,
+        )
+    return policy.choose(config.get(settings.IDENTITY), evidence, asked=asked)
+
+
+def _template(paths: Paths, config: Config) -> str | None:
+    if config.get(settings.TEMPLATE):
+        return "Template=yes is configured"
+    if any(map(os.path.lexists, (paths.template_mark_run, paths.template_mark))):
+        return "this guest was declared a template by vmforkctl prepare --template"
+    return None
+
+
+def save_baseline(paths: Paths, ledger: Ledger) -> None:
+    """What the next boot compares with."""
+    ledger.baseline(smbios_uuid=read_smbios(paths).value, instance_id=read_instance_id(paths).value)
