@@ -7,7 +7,6 @@ gets the environment, session, pipes and exit codes that the script would have g
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import re
@@ -16,7 +15,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, Protocol
 
-from vmfork.paths import Paths
 from vmfork.reactor import descendants
 from vmfork.reactor.discovery import Hook, Origin
 from vmfork.reactor.spawn import Launch
@@ -26,20 +24,16 @@ _MAX_SIZE = 1024
 
 
 class RunAction(Protocol):
-    """Runs one action as `vmforkctl action NAME ARGV...` does, and returns its exit code."""
+    """Runs one action as `vmforkctl action NAME ARGV...` does, and returns its exit code; `settings` are its keys."""
 
-    def __call__(self, name: str, argv: Sequence[str], settings: Callable[[str], Mapping[str, str]]) -> int: ...
+    def __call__(self, name: str, argv: Sequence[str], settings: Mapping[str, str]) -> int: ...
 
 
-def run_action(name: str, argv: Sequence[str], settings: Callable[[str], Mapping[str, str]]) -> int:
+def run_action(name: str, argv: Sequence[str], settings: Mapping[str, str]) -> int:
     """The package's own actions, imported when the first one is wanted."""
-    actions = importlib.import_module("vmfork.actions")
+    from vmfork import actions
 
-    def settings_of(_: Paths, hook: str) -> Mapping[str, str]:
-        return settings(hook)
-
-    code = actions.main(name, argv, settings_of=settings_of)
-    return code if isinstance(code, int) else 1
+    return actions.main(name, argv, settings=settings)
 
 
 def action_of(hook: Hook) -> str | None:
@@ -81,7 +75,7 @@ class InProcess:
         try:
             _become_hook(launch)
             if descendants.die_with(parent, signal.SIGKILL):
-                code = self._run(action, (launch.argument,), self._settings)
+                code = self._run(action, (launch.argument,), self._settings(launch.hook.name))
             sys.stdout.flush()
         except BaseException as error:
             # The edge of a process: whatever an action raises must end here and not run on as a second reactor.

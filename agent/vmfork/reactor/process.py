@@ -19,7 +19,7 @@ from enum import Enum, auto
 
 from vmfork import ids
 from vmfork.model import HookOutcome, HookResult
-from vmfork.reactor.descendants import Mark, Process, read_process, send
+from vmfork.reactor.descendants import Mark, Process, kill_until_gone, read_process, send
 from vmfork.reactor.discovery import Hook
 from vmfork.reactor.output import Output, line_logger, warn_dropped
 
@@ -30,7 +30,8 @@ MAX_TRIES = 3
 DRAIN_SEC = 1.0
 _POLL_SEC = 0.05
 _KILL_POLL_SEC = 0.01
-_GIVE_UP_SEC = 3.0
+_KILL_BURST_SEC = 0.05
+_GIVE_UP_SEC = 10.0
 
 
 class Stage(Enum):
@@ -167,9 +168,8 @@ class HookRun:
 
     def _kill(self, now: float, find: Find) -> None:
         self._wake = now + _KILL_POLL_SEC
-        left = self._find(find)
-        for process in left:
-            send(process, signal.SIGKILL)
+        # Several passes at once: what forks faster than one pass takes must not get a pause in between.
+        left = kill_until_gone(lambda: self._find(find), seconds=_KILL_BURST_SEC)
         if self._pidfd is None and not left:
             self._finish(now)
         elif now >= self.deadline:
