@@ -28,7 +28,7 @@ from lab.qemu import Emulator, Qemu
 
 log = logging.getLogger(__name__)
 
-_BOOT_SECONDS = 180.0
+_BOOT_SECONDS = 300.0
 _REPORT = {
     "journal": ("journalctl", "--boot", "--no-pager", "--output=short-monotonic"),
     "dmesg": ("dmesg",),

@@ -14,6 +14,7 @@ from lab.qemu import backports_emulator, host_emulator
 # QEMU 7.2 emulates cmpxchg16b in a way that now and then corrupts Linux 6.12.
 _X86 = ("-machine", "q35", "-cpu", "Nehalem,-cx16")
 _X86_NEW = ("-machine", "q35", "-cpu", "max")
+# A systemd guest with vmfork in it has what vmfork itself asks for in modules-load.d.
 _FW_CFG = ("qemu_fw_cfg",)
 
 _SYSTEMD_PACKAGES = (
@@ -38,11 +39,14 @@ class Guests:
 
     def __init__(self, made: Payload | None) -> None:
         self._made = made
+        self._modules = () if made else _FW_CFG
 
     def trixie(self, *, vmgenid: bool = True, processors: int = 1) -> Spec:
         """x86, Debian 13, Linux 6.12, systemd; ACPI VM Generation ID."""
         kernel = cloud_kernel("trixie", "amd64")
-        made = image.systemd_image("image-trixie-amd64", _systemd_base("trixie"), kernel, self._made, modules=_FW_CFG)
+        made = image.systemd_image(
+            "image-trixie-amd64", _systemd_base("trixie"), kernel, self._made, modules=self._modules
+        )
         return Spec(
             name="trixie-amd64",
             image=made,
@@ -56,7 +60,7 @@ class Guests:
         """x86, Debian 12, Linux 6.1, whose cloud kernel has no driver for the VM Generation ID."""
         kernel = cloud_kernel("bookworm", "amd64")
         made = image.systemd_image(
-            "image-bookworm-amd64", _systemd_base("bookworm"), kernel, self._made, modules=_FW_CFG
+            "image-bookworm-amd64", _systemd_base("bookworm"), kernel, self._made, modules=self._modules
         )
         return Spec(
             name="bookworm-amd64", image=made, emulator=host_emulator("x86_64"), machine=_X86, acpi_vmgenid=True
@@ -65,8 +69,10 @@ class Guests:
     def backports(self) -> Spec:
         """x86, Debian 13 with the kernel and the QEMU of backports: VM Generation ID, and a vmclock without counter."""
         kernel = cloud_kernel("trixie", "amd64", backports=True)
+        # Without udev nobody loads the driver that the ACPI device asks for.
+        modules = (*_FW_CFG, "ptp_vmclock")
         made = image.mini_image(
-            "image-backports-amd64", _mini_base("trixie", "amd64"), kernel, self._made, modules=_FW_CFG
+            "image-backports-amd64", _mini_base("trixie", "amd64"), kernel, self._made, modules=modules
         )
         return Spec(
             name="backports-amd64",
