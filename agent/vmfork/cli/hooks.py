@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs about hooks: hooks, plan, react, actions, action. All but react work without a daemon."""
+"""The verbs about hooks: hooks, plan, react, actions, action. All but react work without a daemon.
+
+What react does not need is imported inside the other verbs: it delays the first hook after a fork.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vmfork import actions as repairs
-from vmfork import config, page, policy, settings, sysd
+from vmfork import config, settings, sysd
 from vmfork.cli.output import print_json, print_table, remark, wants_json
-from vmfork.cli.reach import daemon_status
 from vmfork.errors import InputError, VmforkError
 from vmfork.jsonfields import Fields, JsonObject
 from vmfork.model import HookOutcome, Identity, IdentityPolicy, Kind
@@ -22,7 +23,7 @@ from vmfork.reactor.engine import Engine
 from vmfork.reactor.inprocess import InProcess, action_of
 from vmfork.reactor.phases import Occasion
 from vmfork.reactor.reports import TerminalReporter
-from vmfork.reactor.session import configured
+from vmfork.reactor.session import configured, generation_of
 from vmfork.reactor.session import react as run_reactor
 
 IDENTIFIER = "vmfork-react"
@@ -62,6 +63,8 @@ def react(options: argparse.Namespace) -> int:
 
 def actions(options: argparse.Namespace) -> int:
     """The package's own repairs."""
+    from vmfork import actions as repairs
+
     found = repairs.all_actions()
     if wants_json(options):
         listed: list[JsonObject] = [
@@ -76,6 +79,8 @@ def actions(options: argparse.Namespace) -> int:
 
 def action(options: argparse.Namespace) -> int:
     """One repair by hand, or for its shipped hook."""
+    from vmfork import actions as repairs
+
     argv = [options.phase, *(["--dry-run"] if options.dry_run else [])]
     return repairs.main(options.name, argv)
 
@@ -90,18 +95,11 @@ def _rehearse(options: argparse.Namespace, paths: Paths) -> int:
     for hook in chosen:
         if hook not in own:
             print(f"would run {hook.program}")
-    occasion = Occasion(generation=_generation(paths), identity=identity.policy, dry_run=True, root=paths.root)
+    occasion = Occasion(generation=generation_of(paths), identity=identity.policy, dry_run=True, root=paths.root)
     reporter = TerminalReporter()
     with Engine(occasion, rules.limits, reporter, starters=[InProcess(rules.keys)]) as engine:
         engine.run(own)
     return 0
-
-
-def _generation(paths: Paths) -> int:
-    try:
-        return page.read_page(paths.generation_page).generation
-    except VmforkError:
-        return 1
 
 
 def _planned(paths: Paths, loaded: config.Config, identity: Identity) -> Sequence[Hook]:
@@ -117,6 +115,8 @@ def _planned(paths: Paths, loaded: config.Config, identity: Identity) -> Sequenc
 
 
 def _is_of_identity(hook: Hook) -> bool:
+    from vmfork import actions as repairs
+
     name = action_of(hook)
     try:
         return name is not None and repairs.find(name).identity
@@ -126,6 +126,9 @@ def _is_of_identity(hook: Hook) -> bool:
 
 def _identity(paths: Paths, loaded: config.Config, asked: str) -> Identity:
     """The policy that a fork would get: as asked for, as the daemon says, else as it would choose."""
+    from vmfork import policy
+    from vmfork.cli.reach import daemon_status
+
     if asked != "auto":
         return Identity(policy=IdentityPolicy(asked), reason=f"--identity={asked}")
     status = daemon_status(paths)

@@ -7,6 +7,7 @@ gets the environment, session, pipes and exit codes that the script would have g
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -68,6 +69,9 @@ class InProcess:
                 self._child(action, launch, parent)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self._run is run_action:
+            # While the first child imports them for itself, for all that follow.
+            importlib.import_module("vmfork.actions")
         return pid
 
     def _child(self, action: str, launch: Launch, parent: int) -> NoReturn:

@@ -139,7 +139,7 @@ def _job(reply: Mapping[str, object], paths: Paths) -> Job:
     event = None if told is None else ForkEvent.from_json(told)
     occasion = Occasion(
         phase=fields.choice("phase", Phase),
-        generation=event.generation if event is not None else _generation(paths),
+        generation=event.generation if event is not None else generation_of(paths),
         event=event,
         identity=event.identity.policy if event is not None else None,
         early=fields.flag("early"),
@@ -149,8 +149,8 @@ def _job(reply: Mapping[str, object], paths: Paths) -> Job:
     return Job(token=fields.text("token"), occasion=occasion, finished=finished)
 
 
-def _generation(paths: Paths) -> int:
-    """The page's; before the first fork there is no event to ask."""
+def generation_of(paths: Paths) -> int:
+    """The generation of the page, 1 where there is none; before the first fork there is no event to ask."""
     from vmfork import page
 
     try:
