@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.fakeguest import FakeGuest
-from support.runningdaemon import RunningDaemon, eventually, vmforkctl, write_hook
+from support.runningdaemon import RunningDaemon, eventually, vmforkctl, vmforkd, write_hook
 from vmfork.page import DETECTION_EVENT, DETECTION_NONE, DETECTION_TIMER, read_page
 
 OTHER_BOOT = "11111111-2222-3333-4444-555555555555"
@@ -323,12 +323,12 @@ def test_the_timer_alone_is_on_the_page(guest: FakeGuest) -> None:
         assert read_page(guest.paths.generation_page).detection == DETECTION_TIMER
 
 
-def test_a_killed_daemons_page_is_corrected_by_the_unit(guest: FakeGuest) -> None:
+def test_a_killed_daemons_page_is_corrected_by_its_unit(guest: FakeGuest) -> None:
     with RunningDaemon(guest) as daemon:
         daemon.kill()
         assert read_page(guest.paths.generation_page).detection == DETECTION_EVENT
-        with RunningDaemon(guest, arguments=("--nobody-watches",)) as stopper:
-            assert stopper.process is not None
+        assert vmforkd(guest, "--nobody-watches").returncode == 0
+        assert read_page(guest.paths.generation_page).detection == DETECTION_NONE
 
 
 def test_a_root_of_any_length_works(tmp_path: Path) -> None:

@@ -104,8 +104,17 @@ class RunningDaemon:
 
 def vmforkctl(guest: FakeGuest, *arguments: str) -> subprocess.CompletedProcess[str]:
     """One run of vmforkctl below the guest's root."""
+    return _run("vmfork", guest, *arguments)
+
+
+def vmforkd(guest: FakeGuest, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One run of vmforkd that ends by itself."""
+    return _run("vmfork.daemon", guest, *arguments)
+
+
+def _run(module: str, guest: FakeGuest, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vmfork", "--root", str(guest.root), *arguments],
+        [sys.executable, "-m", module, "--root", str(guest.root), *arguments],
         env=environment(),
         capture_output=True,
         text=True,

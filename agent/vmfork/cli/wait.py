@@ -12,9 +12,9 @@ import time
 
 from vmfork.cli import EXIT_FAILED, EXIT_TIMEOUT
 from vmfork.cli.output import print_json, remark, wants_json
-from vmfork.cli.reach import connect
+from vmfork.cli.reach import call, connect
 from vmfork.errors import DaemonUnreachable
-from vmfork.jsonfields import Fields
+from vmfork.jsonfields import Fields, JsonObject
 from vmfork.model import EventState, ForkEvent
 from vmfork.paths import Paths
 from vmfork.varlink.client import Overdue
@@ -33,10 +33,19 @@ def wait(options: argparse.Namespace) -> int:
         remark(options, "vmforkctl: timed out")
         return EXIT_TIMEOUT
     if wants_json(options):
-        print_json(options, event.to_json(with_ids=True))
+        print_json(options, _with_ids(paths, event).to_json(with_ids=True))
     elif not options.quiet:
         print(f"generation {event.generation}: {event.kind.value}, {event.state.value}")
     return EXIT_FAILED if options.settled and event.state is EventState.FAILED else 0
+
+
+def _with_ids(paths: Paths, event: ForkEvent) -> ForkEvent:
+    """The same fork as the list shows it: to root with its generation IDs, which no stream carries."""
+    for fields in call(paths, "ListForks").objects("forks"):
+        listed = ForkEvent.from_json(fields)
+        if listed.token == event.token:
+            return listed
+    return event
 
 
 def _follow(paths: Paths, after: int | None, until: float | None, *, settled: bool) -> ForkEvent:
@@ -45,7 +54,8 @@ def _follow(paths: Paths, after: int | None, until: float | None, *, settled: bo
     while True:
         try:
             with connect(paths, timeout=_left(until)) as client:
-                for reply in client.stream("io.vmfork.Subscribe", {"track": False, "after": after}):
+                asked: JsonObject = {"track": False, "after": after}
+                for reply in client.stream("io.vmfork.Subscribe", asked, timeout=_left(until)):
                     first = False
                     notice = Fields(reply, "notice")
                     # The generation at the start of the wait counts, over a restart of the daemon too.

@@ -82,8 +82,9 @@ class Ledger:
             return load()
         except InputError as error:
             log.error("%s; it is set aside and a new one begun", error)
-            self.problems[path] = str(error)
-            self._attempt(f"{path}.broken", lambda: state.set_aside(path))
+            self._attempt(path, lambda: state.set_aside(path))
+            # Stays until the daemon is started again: somebody should look at what was kept.
+            self.problems[f"{path}.broken"] = f"{error}; kept as {path}.broken"
             return None
 
     def _attempt(self, what: str, write: Callable[[], object]) -> bool:
