@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from vmfork.errors import DaemonUnreachable
+from vmfork.errors import DaemonUnreachable, VmforkError
 from vmfork.jsonfields import Fields, JsonObject
 from vmfork.paths import Paths
 from vmfork.varlink.client import Client
@@ -18,7 +18,7 @@ def connect(paths: Paths, *, admin: bool = False, timeout: float | None = _TIMEO
     if not admin and not os.access(paths.admin_socket, os.W_OK):
         return Client.connect(paths.public_socket, timeout=timeout)
     if admin and os.geteuid() != 0 and not paths.is_fake:
-        raise DaemonUnreachable("this needs root", hint="sudo vmforkctl ...")
+        raise VmforkError("only root may steer vmforkd", hint="run it with sudo")
     return Client.connect(paths.admin_socket, timeout=timeout)
 
 
