@@ -118,6 +118,6 @@ def in_namespaces(flags: Sequence[str], shell: str, *, timeout: float = 60) -> s
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "PYTHONPATH": AGENT},
+        env={**os.environ, "PYTHONPATH": AGENT, "PYTHON": sys.executable},
         check=False,
     )

@@ -195,7 +195,7 @@ def test_every_action_has_its_hook_in_the_one_form_that_needs_no_exec() -> None:
 
 
 def test_no_hook_is_without_an_action() -> None:
-    assert {path.name for path in HOOKS.glob('[0-9]*')} == {action.hook for action in all_actions()}
+    assert {path.name for path in HOOKS.glob("[0-9]*")} == {action.hook for action in all_actions()}
 
 
 def test_phases_are_those_of_the_hook_contract() -> None:

@@ -22,6 +22,10 @@ _NS = 1_000_000_000
 _MS = 1_000_000
 _RTC_THRESHOLD_MS = 1500
 _RTC_TICK_WAIT_SEC = 1.3
+# What chronyd still has to correct dates from before the fork: it is done with before our clock is measured. After
+# the step its measurements are worth nothing, and new ones are wanted at once.
+CHRONY_BEFORE = ("makestep",)
+CHRONY_AFTER = ("reset sources", "burst 2/6")
 _TIMESYNCD = "systemd-timesyncd.service"
 _OTHER_DAEMONS = ("ntpsec.service", "ntp.service", "openntpd.service")
 
@@ -148,10 +152,8 @@ def describe(offset: int, reference: Reference) -> str:
 def _step(context: ActionContext, reference: Reference, offset: int) -> None:
     if context.would(f"step the clock by {offset / _NS:+.6f} s to {reference.name}, and tell the time daemon"):
         return
-    chrony = _chrony(context)
-    if chrony is not None:
-        # What chronyd still has to correct dates from before the fork: it is done with before we measure.
-        _tell(context, chrony, "makestep")
+    chronyd = chronyc(context)
+    tell_chrony(context, chronyd, CHRONY_BEFORE)
     try:
         offset = reference.offset_ns(exact=True)
         if not is_wrong(offset, reference):
@@ -166,23 +168,20 @@ def _step(context: ActionContext, reference: Reference, offset: int) -> None:
     if abs(rest) > reference.threshold_ms * _MS:
         raise ActionError(f"stepped the clock, and yet {describe(rest, reference)}")
     context.say(f"stepped the clock by {offset / _NS:+.6f} s; verified: {describe(rest, reference)}")
-    if chrony is not None:
-        _tell(context, chrony, "reset sources")
-        _tell(context, chrony, "burst 2/6")
+    tell_chrony(context, chronyd, CHRONY_AFTER)
     _restart_daemons(context)
 
 
-def _chrony(context: ActionContext) -> str | None:
-    """chronyc, where a chronyd runs that it can talk to."""
-    if not os.path.exists(context.paths.chronyd_socket):
-        return None
-    return context.run.find("chronyc")
+def chronyc(context: ActionContext) -> str | None:
+    """The program to talk to chronyd with, where one runs here."""
+    return context.run.find("chronyc") if os.path.exists(context.paths.chronyd_socket) else None
 
 
-def _tell(context: ActionContext, chronyc: str, command: str) -> None:
-    """One command to chronyd. A refusal is said but is no failure: chronyd finds the step by itself, only later."""
-    finished = context.run.run(chronyc, "-n", *command.split(), timeout=5)
-    context.say(f"told chronyd: {command}" if finished.ok else f"chronyd refused {command!r}: {finished.complaint}")
+def tell_chrony(context: ActionContext, program: str | None, commands: tuple[str, ...]) -> None:
+    """Tell chronyd. A refusal is said but is no failure: chronyd finds the step by itself, only later."""
+    for command in commands if program is not None else ():
+        finished = context.run.run(program or "", "-n", *command.split(), timeout=5)
+        context.say(f"told chronyd: {command}" if finished.ok else f"chronyd refused {command!r}: {finished.complaint}")
 
 
 def _restart_daemons(context: ActionContext) -> None:
