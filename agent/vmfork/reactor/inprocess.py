@@ -18,7 +18,7 @@ from typing import NoReturn, Protocol
 
 from vmfork.reactor import descendants
 from vmfork.reactor.discovery import Hook, Origin
-from vmfork.reactor.spawn import Launch
+from vmfork.reactor.spawn import CATCHABLE, Launch
 
 _SHORT_FORM = re.compile(rb'#!/bin/sh\n(?:#[^\n]*\n)*exec vmforkctl action ([a-z][a-z0-9-]*) "\$@"\n')
 _MAX_SIZE = 1024
@@ -96,7 +96,7 @@ def _become_hook(launch: Launch) -> None:
     # Before anything else: a copy of the reactor's lock would outlive the reactor.
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    for number in CATCHABLE:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.clear()

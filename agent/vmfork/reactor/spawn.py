@@ -19,6 +19,7 @@ from vmfork.paths import Paths
 from vmfork.reactor.discovery import Hook
 
 _OWN_DESCRIPTORS = Paths().processes + "/self/fd"
+CATCHABLE = frozenset(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -55,7 +56,7 @@ class Spawn:
             ],
             setsid=True,
             setsigmask=(),
-            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+            setsigdef=CATCHABLE,
         )
 
 
