@@ -186,15 +186,17 @@ def test_an_interrupted_run_ends_its_hooks_and_starts_no_more(guest: Guest, tmp_
     assert not [pid for pid in pids_in(tmp_path / "pids") + pids_in(tmp_path / "other") if alive(pid)]
 
 
-def test_a_reporter_may_interrupt(guest: Guest) -> None:
+def test_a_reporter_may_interrupt_before_a_hook_is_started(guest: Guest, tmp_path: Path) -> None:
     guest.hook("10-first", "exit 0")
-    guest.hook("20-second", "exit 0")
+    guest.hook("20-second", f"touch {tmp_path}/ran")
     recorder = Recorder()
     with Engine(occasion(guest), lambda _: PATIENT, recorder) as engine:
         recorder.on_start = lambda hook: engine.interrupt() if hook.name == "20-second" else None
         engine.run(runnable(discover(guest.paths, always)))
     assert ("end", "10-first") in recorder.course
     assert recorder.outcomes()["20-second"] is HookOutcome.INTERRUPTED
+    assert recorder.results["20-second"].duration_ms is None
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_hook_that_cannot_be_started_fails_with_a_reason(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:

@@ -139,6 +139,9 @@ class Engine:
                     self._reporter.started(hook)
                     run = HookRun(hook, self._limits_of(hook.name), self._occasion.generation, self._selector)
                     self._runs.append(run)
+                    # The report may have brought the news of a newer fork: this hook is its first victim then.
+                    if self.interrupted:
+                        break
                     self._start(run)
                     # Hooks end while others are being started; their pipes must not fill up meanwhile.
                     self._turn(0.0)
@@ -166,7 +169,9 @@ class Engine:
             if run.stage is not Stage.DONE:
                 act(now)
         for run in [run for run in self._runs if run.stage is not Stage.DONE and run.wake <= now]:
-            if run.stage is Stage.PAUSED:
+            if run.stage is Stage.PAUSED and self.interrupted:
+                run.stop(HookOutcome.INTERRUPTED, 0.0, now, self._find)
+            elif run.stage is Stage.PAUSED:
                 self._start(run)
             else:
                 run.on_time(now, self._find)

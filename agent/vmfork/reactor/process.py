@@ -229,7 +229,7 @@ class HookRun:
             result=self._outcome(),
             exit_code=self._code,
             signal=self._signal,
-            duration_ms=round(((self._exited or now) - self._began) * 1000),
+            duration_ms=round(((self._exited or now) - self._began) * 1000) if self._began else None,
         )
 
     def _outcome(self) -> HookOutcome:
