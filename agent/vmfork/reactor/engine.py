@@ -134,7 +134,7 @@ class Engine:
                 if self.interrupted:
                     waiting.clear()
                     self._stop_all()
-                while waiting and len(self._runs) < MAX_PARALLEL and not self.interrupted:
+                while waiting and self._may_start_one():
                     hook = waiting.popleft()
                     self._reporter.started(hook)
                     run = HookRun(hook, self._limits_of(hook.name), self._occasion.generation, self._selector)
@@ -149,6 +149,9 @@ class Engine:
         finally:
             self._abandon()
         self._note_strays(group)
+
+    def _may_start_one(self) -> bool:
+        return len(self._runs) < MAX_PARALLEL and not self.interrupted
 
     def _turn(self, timeout: float | None) -> None:
         """Wait for the next event or deadline, at most `timeout` seconds, and act on all that are due."""
