@@ -11,7 +11,8 @@
  * It reads the generation page of vmforkd, whose layout is stable (docs/generation-page.md), through one mapping per
  * source file that includes this header. A fork shows in the page when vmforkd has noticed it, which is after the
  * machine runs again: ask before and after making what a clone must not share, and throw it away if the second answer
- * is true. All functions are thread-safe and safe in children of fork(); none allocates, blocks, or changes errno.
+ * is true. All functions are thread-safe and safe in children of fork(); none allocates or changes errno, and only
+ * vmfork_read() can ever wait.
  *
  * VMFORK_ROOT in the environment names another root directory; set-user-ID programs ignore it.
  */
@@ -20,7 +21,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sched.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -192,20 +193,25 @@ static inline bool vmfork_forked(vmfork_guard *guard)
 
 /*
  * Copies all fields of the page as they were at one moment. Returns 0; ENOENT without a page; EAGAIN if an update did
- * not end within a bounded number of tries, because vmforkd was stopped in the middle of one.
+ * not end within a quarter of a second, because vmforkd was stopped in the middle of one. Where it fails, the copy is not to be used.
  */
 static inline int vmfork_read(vmfork_content *content)
 {
 	const unsigned char *page = vmfork_private_page();
 	uint64_t token[2];
 	uint32_t before, after;
-	int attempt;
+	int attempt, saved_errno;
 
+	memset(content, 0, sizeof(*content));
 	if (page == NULL)
 		return ENOENT;
-	for (attempt = 0; attempt < 10000; attempt++) {
-		if (attempt > 100)
-			sched_yield();
+	for (attempt = 0; attempt < 10250; attempt++) {
+		if (attempt > 10000) {
+			/* The writer was interrupted: it needs a CPU more than we do. */
+			saved_errno = errno;
+			poll(NULL, 0, 1);
+			errno = saved_errno;
+		}
 		before = __atomic_load_n((const uint32_t *)(const void *)(page + 8), __ATOMIC_ACQUIRE);
 		if (before & 1)
 			continue;
