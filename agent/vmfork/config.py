@@ -2,8 +2,9 @@
 """Reads vmfork.conf and its drop-ins, in the order of UAPI.6: /usr/lib, /run, /etc; a later file wins.
 
 Nothing in a configuration file stops the daemon: what is broken is reported with file, line and key, and the default
-is used in its place. The INI dialect is read by hand because configparser forgets line numbers, and because it alone
-would take a tenth of the detector's memory.
+is used in its place. A file is obeyed only if nobody but root can have written it: it names commands to run. The INI
+dialect is read by hand because configparser forgets line numbers, and because it alone would take a tenth of the
+detector's memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vmfork import settings
 from vmfork.errors import ConfigError
 from vmfork.paths import Paths
 from vmfork.settings import Setting
+from vmfork.trust import Inspector, Untrusted
 
 T = TypeVar("T")
 
@@ -85,7 +87,7 @@ def load(paths: Paths) -> Config:
     for path in configuration_files(paths, problems):
         files.append(path)
         try:
-            text = _read(path)
+            text = _read(_trusted(paths, path))
         except ConfigError as error:
             problems.append(str(error))
             continue
@@ -125,6 +127,17 @@ def _is_masked(path: str) -> bool:
     except OSError:
         return False
     return stat.S_ISCHR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_size == 0)
+
+
+def _trusted(paths: Paths, path: str) -> str:
+    """The checked path of the file, without links; ConfigError where somebody else may have written it."""
+    try:
+        with Inspector(paths.root) as inspector:
+            return inspector.check(path).path
+    except Untrusted as error:
+        raise ConfigError(path, f"is not trusted: {error}", hint=error.hint) from error
+    except OSError as error:
+        raise ConfigError(path, f"cannot be read: {error.strerror}", hint="its settings are ignored") from error
 
 
 def _read(path: str) -> str:

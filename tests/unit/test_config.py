@@ -129,3 +129,24 @@ def test_the_extension_of_a_hook_does_not_count_for_its_settings(tmp_path: Path)
 
 def test_times_may_have_units() -> None:
     assert [settings.seconds(text) for text in ("30", "500ms", "0.5s", "5min", "1h")] == [30, 0.5, 0.5, 300, 3600]
+
+
+def test_a_file_that_others_may_write_is_not_obeyed(tmp_path: Path) -> None:
+    path = write(tmp_path, "/etc/vmfork/vmfork.conf", "[React]\nIdentity=rotate\n")
+    path.chmod(0o666)
+    loaded = load(tmp_path)
+    assert loaded.get(settings.IDENTITY) == "auto"
+    assert "is not trusted" in loaded.problems[0]
+
+
+def test_a_file_in_a_directory_that_others_may_write_is_not_obeyed(tmp_path: Path) -> None:
+    path = write(tmp_path, "/etc/vmfork/vmfork.conf.d/a.conf", "[React]\nIdentity=rotate\n")
+    path.parent.chmod(0o777)
+    assert load(tmp_path).get(settings.IDENTITY) == "auto"
+
+
+def test_a_link_of_root_to_a_trusted_file_is_obeyed(tmp_path: Path) -> None:
+    write(tmp_path, "/usr/share/site.conf", "[React]\nIdentity=rotate\n")
+    (tmp_path / "etc/vmfork").mkdir(parents=True)
+    (tmp_path / "etc/vmfork/vmfork.conf").symlink_to("/usr/share/site.conf")
+    assert load(tmp_path).get(settings.IDENTITY) == "rotate"

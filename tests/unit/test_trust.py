@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.tools import need_root
-from vmfork.reactor.trust import Inspector, Untrusted
+from vmfork.trust import Inspector, Untrusted
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typing import Protocol
 from vmfork.jsonfields import JsonObject
 from vmfork.model import HookOutcome
 from vmfork.paths import Paths
-from vmfork.reactor.trust import Inspector, Untrusted
+from vmfork.trust import Inspector, Untrusted
 
 _NAME = re.compile(r"([0-9]{2})-[A-Za-z0-9][A-Za-z0-9_-]*(?:\.[A-Za-z0-9]+)?")
 _LEFTOVER = re.compile(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides whether a file may be run as root: nobody but its owner can have put it there or can change it.
+"""Decides whether a file may be run, or obeyed, as root: nobody but its owner can have put it there or can change it.
 
 Every directory from the root down to the file, and the file, must belong to root and be writable by nobody else. The
 walk opens one component after the other by descriptor and never follows a symbolic link by itself: a link's target is
