@@ -34,11 +34,23 @@ if [ ${#missing[@]} -gt 0 ]; then
     export DEBIAN_FRONTEND=noninteractive
     apt=(apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confold)
     install=("${apt[@]}" install -y --no-install-recommends "${missing[@]}")
-    # The lists may be absent (a fresh container) or name versions that the mirror no longer has: look once more.
-    if ! "${apt[@]}" -s install --no-install-recommends "${missing[@]}" >/dev/null 2>&1; then
-        "${apt[@]}" update
+    # A server that is installed as a tool for a test is not started on this machine.
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e "$policy" ]; then
+        trap 'rm -f "$policy"' EXIT
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 0755 "$policy"
     fi
-    "${install[@]}" >/dev/null || { "${apt[@]}" update && "${install[@]}" >/dev/null; }
+    log=$(mktemp)
+    # The lists may be absent (a fresh container) or name versions that the mirror no longer has: look once more.
+    if ! { "${apt[@]}" -s install --no-install-recommends "${missing[@]}" && "${install[@]}"; } >"$log" 2>&1; then
+        if ! { "${apt[@]}" update && "${install[@]}"; } >"$log" 2>&1; then
+            tail -n 20 "$log" >&2
+            say "apt-get failed; all it said is in $log"
+            exit 1
+        fi
+    fi
+    rm -f "$log"
 fi
 
 venv=.venv/bin/python
