@@ -269,7 +269,8 @@ def test_a_set_user_id_program_ignores_the_environment(build: Builder, root: Pat
 def test_no_read_is_ever_torn_while_a_writer_updates_in_a_tight_loop(build: Builder, root: Path) -> None:
     program = build(HAMMERING)
     path = str(root / "run/vmfork/generation")
-    with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE) as writer:
+    environment = {**os.environ, "PYTHONPATH": str(INCLUDE.parent)}
+    with subprocess.Popen([sys.executable, "-c", WRITER, path], env=environment, stdout=subprocess.PIPE) as writer:
         try:
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"

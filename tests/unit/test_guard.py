@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import timeit
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -190,9 +192,18 @@ def test_an_unknown_source_is_refused(guest: Guest) -> None:
         vmfork.Guard("sysgenid")  # type: ignore[arg-type]
 
 
-def test_one_of_many_threads_is_told(watched: Guest) -> None:
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns after every few instructions."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def test_one_of_many_threads_is_told(watched: Guest, restless: None) -> None:
     guard = vmfork.Guard()
-    for _ in range(50):
+    for _ in range(100):
         told: list[bool] = []
         barrier = threading.Barrier(9)
 
@@ -242,6 +253,7 @@ def test_a_child_forked_while_a_thread_asks_does_not_hang(watched: Guest) -> Non
         for _ in range(30):
             child = os.fork()
             if child == 0:
+                signal.alarm(20)
                 try:
                     guard.forked()
                 except vmfork.Unavailable:

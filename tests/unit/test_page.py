@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import vmfork
 from vmfork.errors import InputError, Unavailable
 from vmfork.page import (
     DETECTION_EVENT,
@@ -274,8 +275,13 @@ with PageWriter(sys.argv[1]) as writer:
 """
 
 
+def writing(path: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(vmfork.__file__).parents[1])}
+    return subprocess.Popen([sys.executable, "-c", WRITER, path], env=environment, stdout=subprocess.PIPE)
+
+
 def test_a_copy_is_never_torn_while_another_process_writes(path: str) -> None:
-    with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE) as writer:
+    with writing(path) as writer:
         try:
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
@@ -295,7 +301,7 @@ def test_a_copy_is_never_torn_while_another_process_writes(path: str) -> None:
 def test_a_writer_killed_anywhere_leaves_a_page_that_the_next_one_repairs(path: str) -> None:
     last = 0
     for _ in range(10):
-        with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE) as writer:
+        with writing(path) as writer:
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
             writer.send_signal(signal.SIGKILL)
