@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -28,3 +29,11 @@ def need_root() -> None:
     """Without root the test does not run."""
     if os.geteuid() != 0:
         unavailable("needs root")
+
+
+def need_ptrace() -> None:
+    """Without strace, or where it may trace nothing (a container's seccomp profile), the test does not run."""
+    strace = need("strace", package="strace")
+    tried = subprocess.run([strace, "-D", "-o", os.devnull, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode != 0:
+        unavailable(f"strace may not trace here: {tried.stderr.strip()}")

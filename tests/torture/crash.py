@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The crash matrix: detector and reactor are killed before every system call that changes something, one at a time.
+
+A first run under strace counts the calls; then there is one scenario for each. Runs differ a little, so a number at
+the end may be one call too far: such a case must hold too, but is no kill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torture.injection import CHANGES, KILLED, Injection, counted, strace
+from torture.scenario import Scenario, Words
+from torture.table import Row
+
+# Most of a case is waiting for other processes.
+WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Victim:
+    """Who is killed, and how a scenario is made that runs it behind these words."""
+
+    name: str
+    scenario: Callable[[str, Words], Scenario]
+
+
+VICTIMS = (
+    Victim(name="detector", scenario=lambda name, words: Scenario(name, detector=words)),
+    Victim(name="restarted detector", scenario=lambda name, words: Scenario(name, detector=words, recovering=True)),
+    Victim(name="reactor", scenario=lambda name, words: Scenario(name, reactor=words)),
+    Victim(name="next reactor", scenario=lambda name, words: Scenario(name, reactor=words, reactor_run=2)),
+)
+
+
+def kill_points(victim: Victim) -> tuple[list[Injection], Row]:
+    """One injection for each call that an undisturbed run makes, and what became of that run."""
+    scenario = victim.scenario(f"{victim.name}, undisturbed", lambda log: strace(log=log, trace=CHANGES))
+    row = scenario.run()
+    counts = counted(scenario.traced)
+    # The first execve is strace's own start of the program.
+    counts["execve"] -= 1
+    return [
+        Injection(call=call, when=str(number), fault="signal=KILL")
+        for call, count in sorted(counts.items())
+        for number in range(1, count + 1)
+    ], row
+
+
+def crash_matrix(*, every: int = 1, victims: tuple[Victim, ...] = VICTIMS) -> Iterator[Row]:
+    """One row for each victim; with `every` n only each n-th kill point is tried."""
+    for victim in victims:
+        yield _row_of(victim, every)
+
+
+def _row_of(victim: Victim, every: int) -> Row:
+    points, undisturbed = kill_points(victim)
+    row = Row(name=f"kill the {victim.name}")
+    kills = 0
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for result, killed in pool.map(lambda point: _one(victim, point), points[::every]):
+            row.add(result)
+            kills += killed
+    row.violations += undisturbed.violations
+    row.check(len(points) > 20, f"only {len(points)} kill points were found")
+    row.check(kills * 10 >= row.cases * 9, f"only {kills} of {row.cases} cases killed anything")
+    row.note = f"{kills} killed, of {len(points)} kill points"
+    return row
+
+
+def _one(victim: Victim, point: Injection) -> tuple[Row, bool]:
+    def words(log: Path) -> list[str]:
+        return strace(injections=[point], log=log)
+
+    scenario = victim.scenario(f"{victim.name}, {point}", words)
+    row = scenario.run()
+    return row, KILLED in scenario.traced

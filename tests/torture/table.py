@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one class of faults was held against, and the table that all of them end in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+_HEADS = ("fault class", "cases", "forks sent", "forks seen", "hooks run", "violations", "note")
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """One class of faults: how much was tried, and each broken promise as a sentence."""
+
+    name: str
+    cases: int = 0
+    sent: int = 0
+    seen: int = 0
+    hooks: int = 0
+    violations: list[str] = field(default_factory=list)
+    note: str = ""
+
+    def add(self, other: Row) -> None:
+        """Count another row of the same class into this one."""
+        self.cases += other.cases
+        self.sent += other.sent
+        self.seen += other.seen
+        self.hooks += other.hooks
+        self.violations += other.violations
+
+    def check(self, holds: bool, sentence: str) -> None:
+        """Note a violation unless the promise holds."""
+        if not holds:
+            self.violations.append(f"{self.name}: {sentence}")
+
+    def cells(self) -> tuple[str, ...]:
+        numbers = (self.cases, self.sent, self.seen, self.hooks, len(self.violations))
+        return (self.name, *map(str, numbers), self.note)
+
+
+def render(rows: Iterable[Row]) -> str:
+    """All rows as a table, numbers to the right, a sum at the end."""
+    rows = list(rows)
+    total = Row(name="total")
+    for row in rows:
+        total.add(row)
+    lines = [_HEADS, *(row.cells() for row in rows), total.cells()]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADS))]
+    last = len(_HEADS) - 1
+
+    def cell(line: tuple[str, ...], column: int) -> str:
+        return line[column].ljust(widths[column]) if column in (0, last) else line[column].rjust(widths[column])
+
+    return "\n".join("  ".join(cell(line, column) for column in range(len(_HEADS))).rstrip() for line in lines)
