@@ -176,12 +176,15 @@ class Vmforkd:
     def subscribe(self, call: Call) -> None:
         after = call.parameters.integer_or_none("after")
         event = self.ledger.event
+        missed = event if event is not None and after is not None and event.generation > after else None
         self.settlement.subscribers.add(
             call,
             track=call.parameters.flag("track"),
             generation=self.ledger.generation,
+            # Who comes back after a restart of the daemon still owes the acknowledgement of what it missed.
+            acknowledged=self.ledger.generation if missed is None or after is None else after,
             snapshot=self.snapshots.number,
-            event=event if event is not None and after is not None and event.generation > after else None,
+            event=missed,
         )
 
     def acknowledge(self, call: Call) -> None:

@@ -16,7 +16,7 @@ from vmfork.varlink.server import Call, Connection
 
 FORK, SETTLED, BEFORE_SNAPSHOT, AFTER_SNAPSHOT = "fork", "settled", "before-snapshot", "after-snapshot"
 
-_TRACKED_PER_UID = 128
+_TRACKED_PER_UID = 256
 
 
 class Subscriber:
@@ -24,10 +24,10 @@ class Subscriber:
 
     __slots__ = ("acknowledged", "call", "overdue", "ready_for", "track")
 
-    def __init__(self, call: Call, *, track: bool, generation: int, snapshot: int) -> None:
+    def __init__(self, call: Call, *, track: bool, acknowledged: int, snapshot: int) -> None:
         self.call = call
         self.track = track
-        self.acknowledged = generation
+        self.acknowledged = acknowledged
         self.ready_for = snapshot
         self.overdue = False
 
@@ -43,14 +43,23 @@ class Subscribers:
         self._changed = changed
         self._all: dict[Connection, Subscriber] = {}
 
-    def add(self, call: Call, *, track: bool, generation: int, snapshot: int, event: ForkEvent | None) -> None:
+    def add(
+        self,
+        call: Call,
+        *,
+        track: bool,
+        generation: int,
+        acknowledged: int,
+        snapshot: int,
+        event: ForkEvent | None,
+    ) -> None:
         """Answer a Subscribe call with its first notice and keep it open."""
         connection = call.connection
         tracked_by_uid = sum(one.track for one in self._all.values() if one.call.peer.uid == call.peer.uid)
         if track and tracked_by_uid >= _TRACKED_PER_UID:
             call.error("io.vmfork.Busy", {"limit": f"{_TRACKED_PER_UID} tracked subscribers for one user"})
             return
-        self._all[connection] = Subscriber(call, track=track, generation=generation, snapshot=snapshot)
+        self._all[connection] = Subscriber(call, track=track, acknowledged=acknowledged, snapshot=snapshot)
         connection.on_close = lambda: self._gone(connection)
         call.reply(_notice("hello", generation, event=event), continues=True)
 
