@@ -8,7 +8,9 @@ hooks, the rows of `HOOK_OWN`.
 
 from __future__ import annotations
 
+import ipaddress
 import math
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,11 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# systemd.unit(5): a name that begins with a hyphen would be an option to systemctl.
+_UNIT = re.compile(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]{0,240}")
+_UNIT_KINDS = ("service", "socket", "target", "timer", "path", "mount", "automount", "swap", "slice", "scope")
 _UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -205,6 +212,25 @@ def command(value: str) -> tuple[str, ...]:
     return argv
 
 
+def ports(value: str) -> frozenset[int]:
+    """TCP or UDP port numbers."""
+    return frozenset(integer(1, 65535)(word) for word in value.split())
+
+
+def networks(value: str) -> tuple[Network, ...]:
+    """IP networks or addresses, such as 10.0.0.0/8 2001:db8::1."""
+    return tuple(ipaddress.ip_network(word, strict=False) for word in value.split())
+
+
+def units(value: str) -> tuple[str, ...]:
+    """Names of systemd units; one without a suffix is a service."""
+    suffixes = tuple("." + kind for kind in _UNIT_KINDS)
+    names = tuple(word if word.endswith(suffixes) else word + ".service" for word in value.split())
+    if not all(_UNIT.fullmatch(name) for name in names):
+        raise ValueError("names of systemd units, such as ssh.service or cron")
+    return names
+
+
 # Keys of the shipped hooks beside Enable= and TimeoutSec=; the section names the hook.
 CLOCK_THRESHOLD_MS = Setting(
     section="Hook 15-clock",
@@ -269,6 +295,90 @@ MAC_COMMAND = Setting(
     parse=command,
     summary="A command that prints the new MAC address of the interface named by its last argument.",
 )
+LEASES_WAIT_SEC = Setting(
+    section="Hook 40-leases",
+    key="WaitSec",
+    default="10",
+    parse=seconds,
+    summary="How long to wait for the server's answer before the lease counts as not renewed.",
+)
+CONNECTIONS_DESTROY = Setting(
+    section="Hook 50-connections",
+    key="Destroy",
+    default="no",
+    parse=boolean,
+    summary="Whether to end all TCP connections; peers get a reset, also the peers of a sibling with the same address.",
+)
+CONNECTIONS_CONNTRACK = Setting(
+    section="Hook 50-connections",
+    key="Conntrack",
+    default="yes",
+    parse=boolean,
+    summary="Whether to forget the firewall's tracked connections as well, where Destroy=yes.",
+)
+CONNECTIONS_KEEP_PORTS = Setting(
+    section="Hook 50-connections",
+    key="KeepPorts",
+    default="",
+    parse=ports,
+    summary="Ports, at either end, of connections to leave alone, such as 22.",
+)
+CONNECTIONS_KEEP_NETWORKS = Setting(
+    section="Hook 50-connections",
+    key="KeepNetworks",
+    default="",
+    parse=networks,
+    summary="Networks or addresses, at either end, of connections to leave alone, such as 10.0.0.0/8.",
+)
+WIREGUARD_INTERFACES = Setting(
+    section="Hook 55-wireguard",
+    key="Interfaces",
+    default="",
+    parse=words,
+    summary="WireGuard interfaces that get a new private key, as shell patterns such as wg*; empty: none.",
+)
+WIREGUARD_PUBLISH = Setting(
+    section="Hook 55-wireguard",
+    key="PublishCommand",
+    default="",
+    parse=command,
+    summary="A command that tells the peers; its last arguments are interface, new and old public key.",
+)
+WIREGUARD_PERSIST = Setting(
+    section="Hook 55-wireguard",
+    key="Persist",
+    default="yes",
+    parse=boolean,
+    summary="Whether to write the new key to the interface's file in /etc/wireguard or /etc/systemd/network.",
+)
+SESSION_KEYS_SERVERS = Setting(
+    section="Hook 60-session-keys",
+    key="Servers",
+    default="nginx haproxy apache2 postfix dovecot exim4",
+    parse=words,
+    summary="Which of the known TLS servers to reload where they run.",
+)
+SERVICES_RESTART = Setting(
+    section="Hook 70-services",
+    key="Restart",
+    default="",
+    parse=units,
+    summary="Running units to restart after each fork.",
+)
+SERVICES_RELOAD = Setting(
+    section="Hook 70-services",
+    key="Reload",
+    default="",
+    parse=units,
+    summary="Running units to reload after each fork.",
+)
+SERVICES_WAIT_SEC = Setting(
+    section="Hook 70-services",
+    key="WaitSec",
+    default="20",
+    parse=seconds,
+    summary="How long to wait until the restarted and reloaded units are up again.",
+)
 
 HOOK_OWN: tuple[Setting[Any], ...] = (
     CLOCK_THRESHOLD_MS,
@@ -280,4 +390,16 @@ HOOK_OWN: tuple[Setting[Any], ...] = (
     MAC_INTERFACES,
     MAC_TEMPLATE,
     MAC_COMMAND,
+    LEASES_WAIT_SEC,
+    CONNECTIONS_DESTROY,
+    CONNECTIONS_CONNTRACK,
+    CONNECTIONS_KEEP_PORTS,
+    CONNECTIONS_KEEP_NETWORKS,
+    WIREGUARD_INTERFACES,
+    WIREGUARD_PUBLISH,
+    WIREGUARD_PERSIST,
+    SESSION_KEYS_SERVERS,
+    SERVICES_RESTART,
+    SERVICES_RELOAD,
+    SERVICES_WAIT_SEC,
 )

@@ -35,6 +35,12 @@ _MODULES: Mapping[str, str] = {
     "ssh-host-keys": "ssh_host_keys",
     "hostname": "hostname",
     "mac-address": "mac_address",
+    "leases": "leases",
+    "neighbours": "neighbours",
+    "connections": "connections",
+    "wireguard": "wireguard",
+    "session-keys": "session_keys",
+    "services": "services",
 }
 
 
