@@ -23,7 +23,7 @@ def replace(path: str, data: bytes, *, mode: int = 0o600, durable: bool) -> None
     try:
         try:
             os.fchmod(descriptor, mode)
-            _write_all(descriptor, data)
+            write_all(descriptor, data)
             if durable:
                 os.fsync(descriptor)
         finally:
@@ -37,7 +37,8 @@ def replace(path: str, data: bytes, *, mode: int = 0o600, durable: bool) -> None
         sync_directory(os.path.dirname(path))
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write everything, in as many pieces as the kernel wants; OSError when it takes no more."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]

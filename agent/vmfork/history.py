@@ -7,6 +7,7 @@ that cannot be understood, torn by a power cut or written by a newer version, is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -60,10 +61,11 @@ class HistoryWriter:
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
-        self._lines: int | None = None
+        self._lines = -1
 
     def append(self, event: ForkEvent) -> None:
-        """Add one fork; OSError if the disk refuses."""
+        """Add one fork; OSError if the disk refuses, InputError if the file is too large to be cut."""
+        self._cut()
         line = json.dumps(event.to_json(with_ids=True), separators=(",", ":")).encode() + b"\n"
         descriptor = os.open(
             self._paths.history, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
@@ -72,17 +74,18 @@ class HistoryWriter:
             end = os.lseek(descriptor, 0, os.SEEK_END)
             if end and os.pread(descriptor, 1, end - 1) != b"\n":
                 line = b"\n" + line  # a torn line must not swallow this one
-            os.write(descriptor, line)
+            # A disk that fills up takes a part: the rest is refused then, and what was taken is a torn line.
+            atomicfile.write_all(descriptor, line)
             os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
-        self._cut()
+        self._lines += 1
 
     def _cut(self) -> None:
-        if self._lines is None:
-            self._lines = atomicfile.read_bounded(self._paths.history, _MAX_BYTES).count(b"\n")
-        else:
-            self._lines += 1
+        # Before the new line: where the file cannot be cut, trying again must not make it longer each time.
+        if self._lines < 0:
+            with contextlib.suppress(FileNotFoundError):
+                self._lines = atomicfile.read_bounded(self._paths.history, _MAX_BYTES).count(b"\n")
         if self._lines < KEPT + _SLACK:
             return
         lines = atomicfile.read_bounded(self._paths.history, _MAX_BYTES).splitlines(keepends=True)[-KEPT:]

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Mapping
 
 from vmfork import __version__, config, ids, settings, sysd
+from vmfork.daemon.catchup import CatchUp
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Loop
 from vmfork.daemon.metrics import Metrics
@@ -41,6 +42,7 @@ class Vmforkd:
         self.loop = Loop()
         self.config = config.load(paths)
         self.ledger = Ledger(paths)
+        CatchUp(self.loop, self.ledger)
         self.reaction = Reaction(self.loop, self._reactor_process, early=early)
         self.settlement = Settlement(self.loop, paths, self.ledger, self.reaction, on_closed=self._on_closed)
         self.snapshots = Snapshots(self.loop, paths, self.ledger, self.reaction, self.settlement.subscribers)

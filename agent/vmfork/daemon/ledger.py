@@ -46,15 +46,16 @@ _UNWRITTEN = 1000
 class Ledger:
     """The only writer of page, state and history.
 
-    `problems` maps a file to the sentence that says what is wrong with it now. Raises InputError where the page itself
+    `problems` maps a file to the sentence that says what is wrong with it now; `refused` is called when one did not
+    take what was written. Raises InputError where the page itself
     cannot be had: without it there is no point in going on.
     """
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
         self.problems: dict[str, str] = {}
-        for directory, mode in ((paths.run_public, 0o755), (paths.run_private, 0o700), (paths.state_dir, 0o700)):
-            self._attempt(directory, lambda d=directory, m=mode: os.makedirs(d, mode=m, exist_ok=True))  # type: ignore[misc]
+        self.refused: Callable[[], None] = lambda: None
+        self._make_directories()
         saved = self._load(paths.state, lambda: state.load_saved(paths))
         remembered = self._load(paths.detector_memory, lambda: state.load_remembered(paths))
         boot_id = state.boot_id(paths)
@@ -68,6 +69,11 @@ class Ledger:
         self.page = page.PageWriter(paths.generation_page, initial_generation=first)
         self._history = HistoryWriter(paths)
         self._mend()
+
+    def _make_directories(self) -> None:
+        paths = self._paths
+        for directory, mode in ((paths.run_public, 0o755), (paths.run_private, 0o700), (paths.state_dir, 0o700)):
+            self._attempt(directory, lambda d=directory, m=mode: os.makedirs(d, mode=m, exist_ok=True))  # type: ignore[misc]
 
     def _mend(self) -> None:
         """Finish what a killed detector had begun, and never let the generation go back."""
@@ -95,6 +101,7 @@ class Ledger:
             if what not in self.problems:
                 log.error("%s: %s", what, reason)
             self.problems[what] = f"{what}: {reason}"
+            self.refused()
             return False
         self.problems.pop(what, None)
         return True
@@ -241,6 +248,21 @@ class Ledger:
             del rest[0]
         if len(rest) != len(self.remembered.unwritten):
             self._remember(replace(self.remembered, unwritten=tuple(rest)))
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a file, or its directory, did not take what was last written to it."""
+        paths = self._paths
+        directories = (paths.run_public, paths.run_private, paths.state_dir)
+        return any(one in self.problems for one in (*directories, paths.state, paths.history, paths.detector_memory))
+
+    def catch_up(self) -> None:
+        """Write again what was refused: history before state, as ever."""
+        self._make_directories()
+        if self._paths.detector_memory in self.problems:
+            self._remember(self.remembered)
+        self._write_history()
+        self._save(self.saved)
 
     def close(self) -> None:
         """Nobody watches from now on."""
