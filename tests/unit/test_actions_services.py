@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.actions import Run, prepared
-from vmfork import settings
+from vmfork import values
 from vmfork.actions import perform, services
 
 SYSTEMCTL = """#!/bin/sh
@@ -104,11 +104,11 @@ def test_without_configuration_it_is_skipped(tmp_path: Path) -> None:
 )
 def test_what_is_no_unit_name_is_never_passed_on(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="names of systemd units"):
-        settings.units(name)
+        values.units(name)
     code, _, calls = act(tmp_path, Restart=name)
     assert code == 77
     assert calls == []
 
 
 def test_templates_and_escapes_are_unit_names() -> None:
-    assert settings.units(r"getty@tty1 dev-disk\x2dby.swap") == ("getty@tty1.service", r"dev-disk\x2dby.swap")
+    assert values.units(r"getty@tty1 dev-disk\x2dby.swap") == ("getty@tty1.service", r"dev-disk\x2dby.swap")
