@@ -3,7 +3,8 @@
 
 One line of JSON is appended when a hook begins, when its process is known, and when it ended. The next reactor, which
 holds the lock by then, kills what the last one had not seen the end of. A broken line is ignored: the file is only
-ever written by root, and its last line may be cut short.
+ever written by root, and its last line may be cut short. A full /run must not keep the hooks from running: what cannot
+be remembered is said once, and the reaction goes on without it.
 """
 
 from __future__ import annotations
@@ -38,12 +39,23 @@ class Ledger:
     """The file at `path`, mode 0600; opening it kills the leftovers that it names. A context manager."""
 
     def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        unfinished = _unfinished(os.pread(self._descriptor, _MAX_BYTES, 0), path)
+        self._path = path
+        self._descriptor = -1
+        self._refused = False
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            data = os.pread(self._descriptor, _MAX_BYTES, 0)
+        except OSError as error:
+            self._complain(error)
+            return
+        unfinished = _unfinished(data, path)
         left = descendants.kill_until_gone(lambda: _leftovers(unfinished), seconds=_KILL_SEC) if unfinished else []
         if left:
             log.error("processes of an earlier reaction cannot be killed: %s", ", ".join(str(one.pid) for one in left))
-        os.ftruncate(self._descriptor, 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+        except OSError as error:
+            self._complain(error)
 
     def __enter__(self) -> Self:
         return self
@@ -51,7 +63,8 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def begins(self, hook: str, token: str | None) -> None:
         """Before the hook is started: its environment is enough to find it."""
@@ -66,7 +79,19 @@ class Ledger:
         self._append({"hook": hook, "ended": True})
 
     def _append(self, fields: JsonObject) -> None:
-        os.write(self._descriptor, json.dumps(fields).encode() + b"\n")
+        if self._descriptor < 0:
+            return
+        # After a line that was refused, a part of it may stand there.
+        line = (b"\n" if self._refused else b"") + json.dumps(fields).encode() + b"\n"
+        try:
+            self._refused = os.write(self._descriptor, line) < len(line) or self._refused
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._refused:
+            log.warning("%s: %s; hooks run without being remembered there", self._path, error.strerror)
+        self._refused = True
 
 
 def _unfinished(data: bytes, place: str) -> list[_Entry]:
