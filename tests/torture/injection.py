@@ -85,3 +85,12 @@ def counted(log: str) -> Counter[str]:
         if match is not None:
             found[match[1]] += 1
     return found
+
+
+def strace_of(pid: int, calls: Sequence[str], fault: str, paths: Sequence[str]) -> list[str]:
+    """The command that does this to all `calls` of a process that runs already; with `paths` to those alone."""
+    names = ",".join(f"?{call}" for call in calls)
+    command = ["strace", "-o", "/dev/null", "-p", str(pid), "-e", f"trace={names}", "-e", f"inject={names}:{fault}"]
+    for path in paths:
+        command += ["-P", path]
+    return command

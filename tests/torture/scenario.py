@@ -35,7 +35,7 @@ echo "start $VMFORK_HOOK $VMFORK_FORK_TOKEN" >>"$VMFORK_ROOT/ran"
 [ "$VMFORK_HOOK" != 20-second ] || [ -e "$VMFORK_ROOT/go" ] || sleep 30
 echo "end $VMFORK_HOOK $VMFORK_FORK_TOKEN" >>"$VMFORK_ROOT/ran\""""
 # The daemon starts the reactor as `sys.executable -m vmfork`: put another program in its place.
-_LAUNCH = (
+LAUNCH = (
     "import runpy, sys; sys.executable = sys.argv.pop(1); "
     "runpy.run_module('vmfork.daemon', run_name='__main__', alter_sys=True)"
 )
@@ -45,6 +45,28 @@ def scratch() -> Path:
     """Where guests are made: in RAM where there is room, so that fsync costs what it costs in /run."""
     shared = Path("/dev/shm")
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def listens(guest: FakeGuest) -> bool:
+    """Whether a daemon, not only its socket, is there."""
+    try:
+        Client.connect(guest.paths.admin_socket).close()
+    except DaemonUnreachable:
+        return False
+    return True
+
+
+def interpreter(directory: Path, before: list[str], *, first: int, last: int) -> Path:
+    """A program to take for Python: Python, behind these words from the first to the last of the times it is run."""
+    wrapper, count = directory / "python", directory / "runs"
+    wrapper.write_text(
+        f"#!/bin/sh\necho >>{count}\nnumber=$(wc -l <{count})\n"
+        f"[ $number -ge {first} ] && [ $number -le {last} ] && "
+        f'exec {" ".join(before)} {sys.executable} "$@"\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    return wrapper
 
 
 class Broken(Exception):
@@ -81,8 +103,7 @@ class Scenario:
         self.guest = FakeGuest(self.top / "guest")
         self.trace = self.top / "trace"
         self._detector = detector(self.trace)
-        self._reactor = reactor(self.trace)
-        self._reactor_run = reactor_run
+        self._python = interpreter(self.top, reactor(self.trace), first=reactor_run, last=reactor_run)
         self._recovering = recovering
         self._ids: list[bytes] = []
         self._newest = 0
@@ -137,25 +158,10 @@ class Scenario:
 
     def _start(self, before: list[str]) -> None:
         self.process = subprocess.Popen(
-            [*before, sys.executable, "-c", _LAUNCH, str(self._interpreter()), "--root", str(self.guest.root)],
+            [*before, sys.executable, "-c", LAUNCH, str(self._python), "--root", str(self.guest.root)],
             env=environment(),
             stderr=self._log,
         )
-
-    def _interpreter(self) -> Path:
-        """The program that the daemon takes for its Python when it starts the reactor."""
-        if not self._reactor:
-            return Path(sys.executable)
-        wrapper, count = self.top / "python", self.top / "reactors"
-        if not wrapper.exists():
-            wrapper.write_text(
-                f"#!/bin/sh\necho >>{count}\n"
-                f"if [ $(wc -l <{count}) = {self._reactor_run} ]; then\n"
-                f'exec {" ".join(self._reactor)} {sys.executable} "$@"\n'
-                f'fi\nexec {sys.executable} "$@"\n'
-            )
-            wrapper.chmod(0o755)
-        return wrapper
 
     def _fork(self) -> None:
         self._ids.append(os.urandom(16))
@@ -197,7 +203,7 @@ class Scenario:
             raise Broken("the daemon was killed twice")
         self._start([])
         # What the page says of who watches is its predecessor's word until this one listens.
-        self._until(self._listens, "the daemon that was started again listens")
+        self._until(lambda: listens(self.guest), "the daemon that was started again listens")
 
     # What is seen from outside.
 
@@ -222,13 +228,6 @@ class Scenario:
     def _watches(self) -> bool:
         page = self.page()
         return page is not None and page.detection == DETECTION_EVENT
-
-    def _listens(self) -> bool:
-        try:
-            Client.connect(self.guest.paths.admin_socket).close()
-        except DaemonUnreachable:
-            return False
-        return True
 
     def _settled(self) -> bool:
         page = self.page()
