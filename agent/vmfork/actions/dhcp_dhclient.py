@@ -112,11 +112,12 @@ def _restart(context: ActionContext, plan: Plan, program: str, client: Client) -
         context.say(f"{name}: dhclient names itself by the MAC address only: the server sees the same client")
     before = _read(client.lease_file)
     addresses = {name: dhcp.leased_addresses(index) for name in client.interfaces if (index := dhcp.index_of(name))}
-    if not processes.kill(client.process, context.paths, timeout=2):
-        raise ActionError("the running client cannot be ended")
+    # The file first: the old client writes to the one that it has open, and a supervisor may start the next at once.
     if plan.rotate:
         duid = lease_file_with(plan.duid) if fresh else b""
         files.replace_file(files.resolve(context.paths, client.lease_file), duid, mode=0o644)
+    if not processes.kill(client.process, context.paths, timeout=2):
+        raise ActionError("the running client cannot be ended")
     _start(context, program, client)
     old = _last(before) if not plan.rotate else ""
     if not dhcp.wait_for_lease(context, plan, lambda: _last(_read(client.lease_file)) not in ("", old)):
