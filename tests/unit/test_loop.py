@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import signal
+
+from vmfork.daemon.loop import Loop
+
+
+def test_deadlines_run_in_the_order_of_their_times() -> None:
+    loop = Loop()
+    ran: list[str] = []
+    loop.after(0.04, loop.stop)
+    loop.after(0.03, lambda: ran.append("late"))
+    loop.after(0.01, lambda: ran.append("early"))
+    loop.run()
+    assert ran == ["early", "late"]
+
+
+def test_a_cancelled_deadline_does_not_run() -> None:
+    loop = Loop()
+    ran: list[str] = []
+    loop.after(0.0, lambda: ran.append("never")).cancel()
+    loop.after(0.01, loop.stop)
+    loop.run()
+    assert ran == []
+
+
+def test_a_descriptor_that_another_one_took_away_is_not_called() -> None:
+    loop = Loop()
+    called: list[int] = []
+    pipes = [os.pipe() for _ in range(2)]
+
+    def first_wins(number: int) -> None:
+        called.append(number)
+        for read_end, _ in pipes:
+            loop.forget(read_end)
+        loop.stop()
+
+    for number, (read_end, write_end) in enumerate(pipes):
+        os.write(write_end, b"x")
+        loop.watch(read_end, lambda number=number: first_wins(number))  # type: ignore[misc]
+    loop.run()
+    assert len(called) == 1
+
+
+def test_signals_are_handled_in_the_loop() -> None:
+    loop = Loop()
+    ran: list[str] = []
+
+    def heard() -> None:
+        ran.append("heard")
+        loop.stop()
+
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        loop.on_signal(signal.SIGUSR1, heard)
+        loop.after(0.0, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        loop.run()
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGUSR1, before)
+    assert ran == ["heard"]
+
+
+def test_forgetting_what_was_never_watched_is_no_error() -> None:
+    read_end, _ = os.pipe()
+    Loop().forget(read_end)
