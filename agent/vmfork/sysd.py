@@ -2,13 +2,15 @@
 """The service manager and the journal: the only importer of systemd-python.
 
 Everything here works without systemd too: then nobody is notified, and messages go to stderr. The library is imported
-only where systemd asked for it, since it costs the idle detector memory otherwise.
+with the first message for the journal: loading libsystemd costs 1.5 MiB, and an idle detector has nothing to say.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import socket
 import sys
 
 from vmfork.paths import Paths
@@ -18,11 +20,12 @@ IDENTIFIER = "vmforkd"
 
 def notify(state: str) -> None:
     """Tell the service manager, for instance "READY=1"; nothing happens outside of a Type=notify service."""
-    if not os.environ.get("NOTIFY_SOCKET"):
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
         return
-    from systemd import daemon
-
-    daemon.notify(state)
+    # sd_notify(3): one datagram; "@" stands for the zero byte of an abstract address.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+        sender.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
 
 
 def booted(paths: Paths) -> bool:
@@ -35,7 +38,7 @@ def set_up_logging(identifier: str, *, verbose: bool = False) -> None:
     root = logging.getLogger("vmfork")
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
     root.propagate = False
-    root.handlers[:] = [_journal_handler(identifier) or _plain_handler(identifier)]
+    root.handlers[:] = [_Journal(identifier) if _stderr_is_the_journal() else _plain_handler(identifier)]
 
 
 def _plain_handler(identifier: str) -> logging.Handler:
@@ -44,16 +47,24 @@ def _plain_handler(identifier: str) -> logging.Handler:
     return handler
 
 
-def _journal_handler(identifier: str) -> logging.Handler | None:
-    if not _stderr_is_the_journal():
-        return None
-    try:
-        from systemd import journal
-    except ImportError:
-        return None
-    # Passes on every upper-case attribute of a record (`extra=`) as a field of the entry, MESSAGE_ID too.
-    handler: logging.Handler = journal.JournalHandler(SYSLOG_IDENTIFIER=identifier)
-    return handler
+class _Journal(logging.Handler):
+    """Hands over to systemd-python's handler with the first message; to plain lines where that cannot be had."""
+
+    def __init__(self, identifier: str) -> None:
+        super().__init__()
+        self._identifier = identifier
+        self._real: logging.Handler | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._real is None:
+            try:
+                from systemd import journal
+            except (ImportError, OSError):
+                self._real = _plain_handler(self._identifier)
+            else:
+                # Passes on every upper-case attribute of a record (`extra=`) as a field of the entry, MESSAGE_ID too.
+                self._real = journal.JournalHandler(SYSLOG_IDENTIFIER=self._identifier)
+        self._real.emit(record)
 
 
 def _stderr_is_the_journal() -> bool:

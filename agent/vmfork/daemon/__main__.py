@@ -3,21 +3,35 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from vmfork import __version__, sysd
 from vmfork.errors import InputError, Unavailable, VmforkError
 from vmfork.page import DETECTION_NONE, PageWriter, read_page
 from vmfork.paths import Paths
 
+if TYPE_CHECKING:
+    import argparse
+
 log = logging.getLogger("vmfork.daemon")
+
+
+class Options:
+    """What a start without any option means."""
+
+    root: str | None = None
+    verbose = False
+    boot = False
+    nobody_watches = False
 
 
 def parser() -> argparse.ArgumentParser:
     """The options; vmforkd(8) is held against them by a test."""
+    import argparse
+
     found = argparse.ArgumentParser(
         prog="vmforkd", description="Notices that this virtual machine was forked, publishes it, starts the reaction."
     )
@@ -32,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run vmforkd; 0 when told to stop, 1 where it cannot work, 2 for a wrong command line."""
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    # The unit gives none: 0.6 MiB less in a daemon that is idle for months.
+    options = parser().parse_args(given, Options()) if given else Options()
     paths = Paths.from_environment() if options.root is None else Paths(options.root)
     sysd.set_up_logging("vmfork-boot" if options.boot else "vmforkd", verbose=options.verbose)
     os.umask(0o022)
