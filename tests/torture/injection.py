@@ -9,10 +9,13 @@ matrix kills before is every change, which is the same as after the change befor
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 # Whatever changes something that outlives the process or that another process can see. pread64 is not among these by
 # nature: the page is written by plain stores, and a pread stands before and after them as a barrier, so killing there
@@ -94,3 +97,30 @@ def strace_of(pid: int, calls: Sequence[str], fault: str, paths: Sequence[str]) 
     for path in paths:
         command += ["-P", path]
     return command
+
+
+class Attached:
+    """strace on a running process for as long as the block lasts."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> None:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        # strace says so when it has hold of the process; what it says about paths comes first.
+        for line in self._process.stderr:
+            if "attached" in line:
+                return
+        raise RuntimeError("strace could not be attached")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process is not None
+        assert self._process.stderr is not None
+        # Asked to end, it lets go of the process, which goes on.
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(60)
+        self._process.stderr.close()
