@@ -88,28 +88,38 @@ class Board:
         raise LabError("the machine has no GICv2")
 
     def fork(self, generation_id: bytes) -> None:
-        """The guest continues as another copy of itself: each device it has says so, once."""
-        self.generation_id = generation_id
-        self._change(generation=1, disruption=1)
+        """The running guest continues as another copy of itself: each device it has says so, once.
+
+        With the ID it has already, the devices notify without a change, which a hypervisor may do.
+        """
+        self._qemu.qmp.command("stop")
+        self._change(generation_id)
+        self._qemu.qmp.command("cont")
 
     def disrupt(self) -> None:
         """The clock was disrupted, as by a live migration; it is the same copy of the guest."""
-        self._change(generation=0, disruption=1)
+        self._qemu.qmp.command("stop")
+        self._change(self.generation_id, notify_vmgenid=False)
+        self._qemu.qmp.command("cont")
 
-    def _change(self, *, generation: int, disruption: int) -> None:
+    def take_over(self, generation_id: bytes, clock: VmClock, new_generation_id: bytes) -> None:
+        """A saved guest was loaded and does not run yet: what it had, and what it gets."""
+        self.generation_id, self.clock = generation_id, clock
+        self._change(new_generation_id)
+
+    def _change(self, generation_id: bytes, *, notify_vmgenid: bool = True) -> None:
         self.clock = replace(
             self.clock,
             seq_count=self.clock.seq_count + 2,
-            disruption_marker=self.clock.disruption_marker + disruption,
-            generation_counter=self.clock.generation_counter + generation,
+            disruption_marker=self.clock.disruption_marker + 1,
+            generation_counter=self.clock.generation_counter + (generation_id != self.generation_id),
         )
-        self._qemu.qmp.command("stop")
+        self.generation_id = generation_id
         self._write_pages()
-        if self.spec.vmgenid and generation:
+        if self.spec.vmgenid and notify_vmgenid:
             self._qemu.qtest.pulse(self._controller, _VMGENID_SPI)
         if self.spec.vmclock:
             self._qemu.qtest.pulse(self._controller, _VMCLOCK_SPI)
-        self._qemu.qmp.command("cont")
 
     def _write_pages(self) -> None:
         with self._ram.open("r+b") as file, mmap.mmap(file.fileno(), 0) as ram:

@@ -44,7 +44,7 @@ def artefact(name: str, key: str, build: Callable[[Path], None], *, estimate: st
     """
     finished = directory() / f"{name}-{key}"
     if not finished.is_dir():
-        with _locked(name):
+        with locked(name):
             if not finished.is_dir():
                 _build(finished, name, build, estimate)
     os.utime(finished)
@@ -81,11 +81,12 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def _locked(name: str) -> Iterator[None]:
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock of this name against other runs; says so when it has to wait."""
     with open(directory() / f"{name}.lock", "w", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another run is building %s; waiting for it", name)
+            log.info("another run is busy with %s; waiting for it", name)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

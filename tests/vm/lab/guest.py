@@ -25,6 +25,7 @@ from lab.deadline import until
 from lab.host import LabError, tool
 from lab.image import Image
 from lab.qemu import Emulator, Qemu
+from lab.vmclock import VmClock
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +63,12 @@ class Saved:
     memory: Path
     disk: Path | None
     directory: Path
+    guid: uuid.UUID | None
     smbios_uuid: uuid.UUID | None
+    board_state: tuple[bytes, VmClock] | None = None
 
     def restore(self, name: str, *, guid: uuid.UUID | None = None, paused: bool = False) -> Guest:
-        """Start a clone that QEMU gives this generation ID. It runs when this returns, unless `paused`."""
+        """Start a clone that the hypervisor gives this generation ID. It runs when this returns, unless `paused`."""
         guest = Guest(
             self.spec,
             name,
@@ -77,6 +80,8 @@ class Saved:
         )
         try:
             guest.qemu.qmp.wait_status("paused", "postmigrate", "prelaunch", seconds=120)
+            if guest.board and self.board_state and guid:
+                guest.board.take_over(*self.board_state, guid.bytes_le)
             if not paused:
                 guest.resume()
         except BaseException:
@@ -86,7 +91,7 @@ class Saved:
 
 
 class Guest:
-    """A running guest. `guid` is the generation ID that QEMU was told, None where there is no ACPI device."""
+    """A running guest. `guid` is the generation ID that the hypervisor was told, None where nobody chose one."""
 
     def __init__(
         self,
@@ -110,7 +115,7 @@ class Guest:
         if spec.image.disk:
             self.disk = _overlay(backing or spec.image.disk, self.directory / "disk.qcow2")
         if spec.board:
-            self.board = Board(spec.board, self.directory, generation_id=uuid.uuid4().bytes)
+            self.board = Board(spec.board, self.directory, generation_id=(guid or uuid.uuid4()).bytes_le)
         self.qemu = Qemu(spec.emulator, self._arguments(incoming), directory=self.directory, name=name)
         if self.board:
             self.board.attach(self.qemu)
@@ -202,7 +207,15 @@ class Guest:
         else:
             self.quit()
         log.info("%s: saved %d MiB in %.1f s", self.name, memory.stat().st_size >> 20, time.monotonic() - started)
-        return Saved(spec=self.spec, memory=memory, disk=disk, directory=self.directory, smbios_uuid=self.smbios_uuid)
+        return Saved(
+            spec=self.spec,
+            memory=memory,
+            disk=disk,
+            directory=self.directory,
+            guid=self.guid,
+            smbios_uuid=self.smbios_uuid,
+            board_state=(self.board.generation_id, self.board.clock) if self.board else None,
+        )
 
     def _migrated(self) -> bool:
         status = self.qemu.qmp.command("query-migrate")

@@ -21,6 +21,7 @@ from lab.payload import Payload, unpack
 
 _PROGRAMS = "usr/lib/vmfork-lab"
 _CHANNEL = Path(__file__).with_name("guest_channel.py")
+_PROBE = Path(__file__).with_name("guest_probe.py")
 # Built into newer cloud kernels but for the disk driver; the console is the channel.
 _VIRTIO = ("virtio_pci", "virtio_console")
 _DISK_MODULES = (*_VIRTIO, "virtio_blk", "ext4")
@@ -88,7 +89,7 @@ def systemd_image(
     name: str, base: archive.Packages, kernel: Kernel, made: Payload | None, *, modules: tuple[str, ...] = ()
 ) -> Image:
     """A disk with a whole Debian system; `modules` are loaded at boot beside those that vmfork itself asks for."""
-    scripts = (_DISK_INIT, _CHANNEL_UNIT, _CHANNEL.read_text(), _DISK_MIB, _DISK_MODULES, modules)
+    scripts = (_DISK_INIT, _CHANNEL_UNIT, _CHANNEL.read_text(), _PROBE.read_text(), _DISK_MIB, _DISK_MODULES, modules)
     key = cache.key_of(base.key, kernel.key, made.key if made else None, scripts)
 
     def build(partial: Path) -> None:
@@ -118,7 +119,7 @@ def mini_image(
     name: str, base: archive.Packages, kernel: Kernel, made: Payload | None, *, modules: tuple[str, ...] = ()
 ) -> Image:
     """A guest that lives in its memory: Python, busybox, vmfork, and one script as process 1."""
-    scripts = (_MINI_INIT, _CHANNEL.read_text(), _NOT_IN_MEMORY, modules)
+    scripts = (_MINI_INIT, "links are followed", _CHANNEL.read_text(), _PROBE.read_text(), _NOT_IN_MEMORY, modules)
     key = cache.key_of(base.key, kernel.key, made.key if made else None, scripts)
 
     def build(partial: Path) -> None:
@@ -146,7 +147,8 @@ def mini_image(
 
 
 def _add_programs(target: initramfs.Archive, kernel: Kernel, modules: tuple[str, ...]) -> None:
-    target.file(f"{_PROGRAMS}/{_CHANNEL.name}", _CHANNEL.read_bytes())
+    for program in (_CHANNEL, _PROBE):
+        target.file(f"{_PROGRAMS}/{program.name}", program.read_bytes())
     for number, module in enumerate(load_order(kernel, modules)):
         target.file(f"modules/{number:02}-{module.name.partition('.')[0]}.ko", contents(module))
 
@@ -161,7 +163,8 @@ def _add_kernel_modules(root: Path, kernel: Kernel) -> None:
 def _configure(root: Path, modules: tuple[str, ...]) -> None:
     programs = root / _PROGRAMS
     programs.mkdir(parents=True)
-    shutil.copy(_CHANNEL, programs)
+    for program in (_CHANNEL, _PROBE):
+        shutil.copy(program, programs)
     unit = root / "etc/systemd/system/lab-channel.service"
     unit.write_text(_CHANNEL_UNIT)
     _chroot(root, "systemctl", "enable", unit.name)

@@ -45,7 +45,8 @@ class Archive:
         self._member(name, stat.S_IFREG | mode, content)
 
     def link(self, name: str, target: str) -> None:
-        """Add a symbolic link."""
+        """Add a symbolic link. A directory of this name, in a tree that is added later, is reached through it."""
+        self._directories.add(name.strip("/"))
         self._member(name, stat.S_IFLNK | 0o777, os.fsencode(target))
 
     def device(self, name: str, *, major: int, minor: int) -> None:
