@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from vmfork import __version__, config, ids, settings, sysd
 from vmfork.daemon.catchup import CatchUp
+from vmfork.daemon.descriptors import raise_limit
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Loop
 from vmfork.daemon.metrics import Metrics
@@ -71,6 +72,7 @@ class Vmforkd:
         self.loop.on_signal(signal.SIGINT, self.loop.stop)
         self.loop.on_signal(signal.SIGHUP, self._on_hangup)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        raise_limit()
         self._service = Service(self.loop, self, public=not self._early)
         unfinished = self.ledger.event is not None and not self.ledger.remembered.handled
         self._began = False

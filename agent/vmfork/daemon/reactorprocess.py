@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 from vmfork import sysd
+from vmfork.daemon.descriptors import limit_for_children
 from vmfork.daemon.loop import Deadline, Loop
 from vmfork.paths import Paths
 
@@ -64,7 +65,8 @@ class ReactorProcess:
             self._start_again = True
             return
         try:
-            pid = os.posix_spawnp(command[0], command, os.environ, setsigmask=[], setsigdef=[signal.SIGPIPE])
+            with limit_for_children():
+                pid = os.posix_spawnp(command[0], command, os.environ, setsigmask=[], setsigdef=[signal.SIGPIPE])
             descriptor = os.pidfd_open(pid)
         except OSError as error:
             log.error("the reaction cannot be started: %s: %s", command[0], error.strerror)
