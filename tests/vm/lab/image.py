@@ -51,7 +51,7 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 HOME=/root
 /bin/busybox mount -t devtmpfs devtmpfs /dev
 /bin/busybox mount -t tmpfs -o mode=755 tmpfs /run
 /bin/busybox chmod 1777 /tmp
-# Since some kernel between 6.12 and 7.3 the root of an initial RAM file system is writable by all.
+# Linux 7.3 makes the root of an initial RAM file system writable by all.
 /bin/busybox chmod 755 /
 /bin/busybox --install -s /usr/bin 2>/dev/null
 for module in /modules/*.ko; do [ -e "$module" ] && insmod "$module"; done
