@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _NOBODY = 65534
 
@@ -21,3 +25,28 @@ def unprivileged() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+def as_nobody(work: Callable[[], T]) -> T:
+    """What `work` returns, as JSON carries it, when a process of uid and gid nobody, without any privilege, does it."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+            outcome: object = {"result": work()}
+        except BaseException as error:
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        with os.fdopen(write_end, "w") as pipe:
+            json.dump(outcome, pipe)
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        outcome = json.load(pipe)
+    os.waitpid(child, 0)
+    assert isinstance(outcome, dict)
+    assert "error" not in outcome, outcome["error"]
+    result: T = outcome["result"]
+    return result

@@ -91,8 +91,12 @@ class LiveGuest:
                 raise Broken(f"it did not come true that {what}: {self.last_words()}")
             time.sleep(0.005)
 
+    def log_text(self) -> str:
+        """What the daemon and its reactors logged."""
+        return (self.top / "log").read_text(errors="replace")
+
     def last_words(self) -> str:
-        return " | ".join((self.top / "log").read_text(errors="replace").splitlines()[-3:])
+        return " | ".join(self.log_text().splitlines()[-3:])
 
     def fork(self) -> bytes:
         value = os.urandom(16)
