@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.actions import Run, prepared
-from vmfork.actions import dhcp, dhcp_dhclient, dhcp_dhcpcd, dhcp_network_manager, dhcp_networkd, leases, perform
+from vmfork.actions import dhcp, dhcp_dhclient, dhcp_dhcpcd, dhcp_network_manager, dhcp_networkd, duid, leases, perform
 from vmfork.actions.dhcp import Plan
 from vmfork.actions.processes import Process
 from vmfork.errors import ActionError
@@ -39,9 +39,27 @@ def test_nothing_is_delayed_without_a_window() -> None:
 
 
 def test_every_duid_is_a_random_uuid() -> None:
-    duids = {dhcp.fresh_duid() for _ in range(100)}
+    duids = {duid.fresh() for _ in range(100)}
     assert len(duids) == 100
-    assert all(len(duid) == 18 and duid[:2] == b"\0\x04" and duid[8] >> 4 == 4 for duid in duids)
+    assert all(len(one) == 18 and one[:2] == b"\0\x04" and one[8] >> 4 == 4 for one in duids)
+
+
+def test_the_duids_of_a_machine_id_are_those_that_systemd_257_used() -> None:
+    # By networkctl in a guest with this machine ID.
+    vendor, random = duid.of_machine("1" * 32)
+    assert vendor.hex() == "00020000ab1123373722aa2e3e55"
+    assert len(random) == 18
+    assert random[:2] == b"\0\x04"
+
+
+def test_siphash_has_the_result_of_its_authors() -> None:
+    assert duid.siphash24(bytes(range(16)), bytes(range(15))) == 0xA129CA6149BE45E5
+
+
+@pytest.mark.parametrize("text", ["", "uninitialized", "11" * 15, "11" * 17])
+def test_what_is_no_machine_id_has_no_duid(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        duid.of_machine(text)
 
 
 # --- dhclient
@@ -162,6 +180,9 @@ def test_without_any_client_it_is_skipped(tmp_path: Path) -> None:
 
 # --- systemd-networkd, with a manager that is a script
 
+OLD_ID, NEW_ID = "1" * 32, "2" * 32
+OLD_CLIENT, NEW_CLIENT = (f"ff5cbbeb5e{duid.of_machine(of)[0].hex()}" for of in (OLD_ID, NEW_ID))
+
 NETWORKD = """#!/bin/sh
 echo "$(basename "$0") $@" >> {root}/calls
 lease={root}/run/systemd/netif/leases/1
@@ -169,13 +190,15 @@ answer() {{ printf 'ADDRESS=192.0.2.5\\nCLIENTID=%s\\n' "$1" > $lease.new; mv $l
 case "$*" in
 *try-restart*) touch {root}/restarted ;;
 *MainPID*) if [ -e {root}/restarted ]; then echo 20; else echo 10; fi ;;
-renew*) [ -e {root}/dead ] || answer ff01 ;;
-reconfigure*) if [ -e {root}/restarted ] && [ ! -e {root}/deaf ]; then answer ff02; else answer ff01; fi ;;
+renew*) [ -e {root}/dead ] || answer $(sed -n s/^CLIENTID=//p $lease) ;;
+reconfigure*) if [ -e {root}/restarted ] && [ ! -e {root}/deaf ]; then answer {new}; else answer {old}; fi ;;
 esac
 """
 
 
-def networkd(root: Path, network: str = "[Network]\nDHCP=yes\n", *, lease: str = "ff01", dry_run: bool = False) -> Run:
+def networkd(
+    root: Path, network: str = "[Network]\nDHCP=yes\n", *, lease: str = OLD_CLIENT, dry_run: bool = False
+) -> Run:
     """One interface, the loopback of the machine that the test runs on: networkctl is a script, so nothing happens."""
     for place in ("run/systemd/netif/links", "run/systemd/netif/leases", "etc/systemd/network", "bin"):
         (root / place).mkdir(parents=True)
@@ -184,9 +207,10 @@ def networkd(root: Path, network: str = "[Network]\nDHCP=yes\n", *, lease: str =
     if lease:
         (root / "run/systemd/netif/leases/1").write_text(f"ADDRESS=192.0.2.5\nCLIENTID={lease}\n")
     for name in ("systemctl", "networkctl"):
-        (root / "bin" / name).write_text(NETWORKD.format(root=root))
+        (root / "bin" / name).write_text(NETWORKD.format(root=root, old=lease, new=NEW_CLIENT))
         (root / "bin" / name).chmod(0o755)
     (root / "calls").touch()
+    (root / "etc/machine-id").write_text(f"{NEW_ID}\n")
     return prepared(root, systemd=True, programs=root / "bin", dry_run=dry_run)
 
 
@@ -209,7 +233,28 @@ def test_networkd_is_restarted_before_it_configures_anew(tmp_path: Path) -> None
         "systemctl --no-block try-restart systemd-networkd.service",
         "networkctl reconfigure lo",
     ]
+    assert "under the new machine ID's client ID; verified" in run.said
+
+
+def test_networkd_that_is_already_under_the_new_machine_id_only_renews(tmp_path: Path) -> None:
+    run = networkd(tmp_path, lease=NEW_CLIENT)
+    assert dhcp_networkd.care(run.context, plan(rotate=True)) == ("lo",)
+    assert asked(tmp_path) == ["networkctl renew lo"]
+    assert "under the new machine ID's client ID; verified" in run.said
+
+
+def test_a_client_id_of_another_machine_that_changes_is_a_new_one(tmp_path: Path) -> None:
+    run = networkd(tmp_path)
+    (tmp_path / "etc/machine-id").write_text("3" * 32 + "\n")
+    assert dhcp_networkd.care(run.context, plan(rotate=True)) == ("lo",)
     assert "under a new client ID; verified" in run.said
+
+
+def test_networkd_that_uses_the_mac_address_has_no_other_client_id(tmp_path: Path) -> None:
+    (tmp_path / "deaf").touch()
+    run = networkd(tmp_path, lease="01525400710001")
+    assert dhcp_networkd.care(run.context, plan(rotate=True)) == ("lo",)
+    assert "does not come from the machine ID" in run.said
 
 
 def test_networkd_that_keeps_the_old_client_id_is_a_failure(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the DHCP clients have in common: a fresh DUID, a delay of each clone's own, addresses of leases that are over.
+"""What the DHCP clients have in common: their plan, a delay of each clone's own, addresses of leases that are over.
 
-A DUID is always random (RFC 6355): what dhclient and dhcpcd would make of the MAC address and the time, or of the
-hypervisor's UUID, can be the same in every clone.
+The plan's DUID is always random (RFC 6355): what dhclient and dhcpcd would make of the MAC address and the time, or of
+the hypervisor's UUID, can be the same in every clone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from vmfork.actions.contract import ActionContext
 from vmfork.actions.netlink import Address
 from vmfork.errors import ActionError
 
-_DUID_UUID = b"\x00\x04"
 _ARRIVAL_SEC = 3.0
 
 
@@ -30,14 +29,6 @@ class Plan:
     rotate: bool
     duid: bytes
     wait_sec: float
-
-
-def fresh_duid() -> bytes:
-    """A DUID-UUID of a random UUID, as it goes over the wire."""
-    raw = bytearray(os.urandom(16))
-    raw[6] = raw[6] & 0x0F | 0x40
-    raw[8] = raw[8] & 0x3F | 0x80
-    return _DUID_UUID + bytes(raw)
 
 
 def spread_delay(token: bytes, seconds: float) -> float:

@@ -2,8 +2,9 @@
 """Leases of systemd-networkd, which derives its DUID from the machine ID.
 
 When the identity is kept the lease is renewed. When it rotates, networkd is restarted first, since it reads the machine
-ID once, and then configures its DHCP interfaces anew; a restart keeps the old lease without releasing it. Interfaces
-without DHCP are left alone.
+ID once, and then configures its DHCP interfaces anew; a restart keeps the old lease without releasing it. A networkd
+that took its lease under the new machine ID already (20-machine-id restarts it, too) only renews. Interfaces without
+DHCP are left alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vmfork.actions import dhcp
+from vmfork.actions import dhcp, duid, machine_id
 from vmfork.actions.contract import ActionContext
 from vmfork.actions.dhcp import Plan
 from vmfork.actions.files import resolve
@@ -24,6 +25,7 @@ _UNIT = "systemd-networkd.service"
 _DHCP_LINE = re.compile(r"^\s*DHCP\s*=\s*(\S*)", re.MULTILINE)
 _ON = frozenset(("yes", "true", "on", "1", "y", "t", "ipv4", "ipv6", "v4", "v6", "both"))
 _MAX_FILE = 256 * 1024
+_RFC4361 = b"\xff"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,15 @@ class Lease:
     inode: int
     changed_ns: int
     client_id: str
+
+    @property
+    def duid(self) -> bytes:
+        """The DUID within the client ID (RFC 4361), empty where that is something else."""
+        try:
+            raw = bytes.fromhex(self.client_id)
+        except ValueError:
+            return b""
+        return raw[5:] if raw[:1] == _RFC4361 else b""
 
 
 def managed(paths: Paths) -> tuple[int, ...]:
@@ -74,9 +85,10 @@ def care(context: ActionContext, plan: Plan) -> tuple[str, ...]:
     elif context.would(f"renew the leases of {names} (systemd-networkd)"):
         return tuple(found.values())
     before = {index: lease(context.paths, index) for index in found}
-    if plan.rotate:
+    anew = plan.rotate and not all(kept is not None and _is_of_this_machine(context, kept) for kept in before.values())
+    if anew:
         dhcp.wait_for_restart(context, _UNIT)
-    verb = "reconfigure" if plan.rotate else "renew"
+    verb = "reconfigure" if anew else "renew"
     for name in found.values():
         context.run.check("networkctl", verb, name)
     problems = [
@@ -100,14 +112,26 @@ def _verify(context: ActionContext, plan: Plan, index: int, name: str, before: L
     if not dhcp.wait_for_lease(context, plan, is_new):
         return f"{name}: no lease was given in time"
     now = lease(context.paths, index)
-    if plan.rotate and now is not None and now.client_id == before.client_id:
-        if not before.client_id.startswith("ff"):
-            # RFC 4361 client IDs begin with ff; another one is the MAC address, or was configured.
-            context.say(f"{name}: a new lease, but the client ID does not come from the machine ID (ClientIdentifier=)")
-            return None
+    if not plan.rotate or now is None:
+        context.say(f"{name}: systemd-networkd has a new lease; verified")
+    elif _is_of_this_machine(context, now):
+        context.say(f"{name}: systemd-networkd has a new lease under the new machine ID's client ID; verified")
+    elif now.client_id != before.client_id:
+        context.say(f"{name}: systemd-networkd has a new lease under a new client ID; verified")
+    elif not now.duid or duid.is_of_hardware(now.duid):
+        context.say(f"{name}: a new lease, but the client ID does not come from the machine ID (ClientIdentifier=)")
+    else:
         return f"{name}: the client ID is still the old one"
-    context.say(f"{name}: systemd-networkd has a new lease{' under a new client ID' if plan.rotate else ''}; verified")
     return None
+
+
+def _is_of_this_machine(context: ActionContext, kept: Lease) -> bool:
+    """Whether a lease's client ID comes from the machine ID of now."""
+    try:
+        present = machine_id.current(resolve(context.paths, context.paths.machine_id))
+        return kept.duid in duid.of_machine(present or "")
+    except (ActionError, OSError, ValueError):
+        return False
 
 
 def _wants_dhcp(paths: Paths, index: int) -> bool:

@@ -11,7 +11,7 @@ import time
 from typing import Protocol
 
 from vmfork import config, settings
-from vmfork.actions import dhcp, dhcp_dhclient, dhcp_dhcpcd, dhcp_network_manager, dhcp_networkd
+from vmfork.actions import dhcp, dhcp_dhclient, dhcp_dhcpcd, dhcp_network_manager, dhcp_networkd, duid
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.dhcp import Plan
 from vmfork.errors import ActionError, ActionSkipped
@@ -34,7 +34,7 @@ CLIENTS: tuple[Client, ...] = (dhcp_networkd, dhcp_network_manager, dhcp_dhclien
 def after_fork(context: ActionContext) -> None:
     plan = Plan(
         rotate=context.identity is IdentityPolicy.ROTATE,
-        duid=dhcp.fresh_duid(),
+        duid=duid.fresh(),
         wait_sec=context.get(settings.LEASES_WAIT_SEC),
     )
     if context.early or context.paths.is_fake:
