@@ -8,6 +8,8 @@ import os
 
 from vmfork.errors import InputError
 
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 def replace(path: str, data: bytes, *, mode: int = 0o600, durable: bool) -> None:
     """Write a temporary file beside `path` and rename it over.
@@ -16,10 +18,12 @@ def replace(path: str, data: bytes, *, mode: int = 0o600, durable: bool) -> None
     carries the path; the temporary file is gone then.
     """
     temporary = f"{path}.new"
-    # Whoever may write to the directory is root: a left-over of a killed run is all that can stand here.
-    with contextlib.suppress(FileNotFoundError):
+    try:
+        descriptor = os.open(temporary, _NEW, mode)
+    except FileExistsError:
+        # Whoever may write to the directory is root: a left-over of a killed run is all that can stand here.
         os.unlink(temporary)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        descriptor = os.open(temporary, _NEW, mode)
     try:
         try:
             os.fchmod(descriptor, mode)

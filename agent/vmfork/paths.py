@@ -60,6 +60,7 @@ class Paths:
     run_private = _below("/run/vmforkd")
     admin_socket = _below("/run/vmforkd/admin")
     detector_memory = _below("/run/vmforkd/detector.json")
+    detector_intent = _below("/run/vmforkd/detector.intent")
     react_lock = _below("/run/vmforkd/react.lock")
     react_hooks = _below("/run/vmforkd/react.hooks")
     template_mark_run = _below("/run/vmforkd/template")

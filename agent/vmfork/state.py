@@ -2,7 +2,7 @@
 """What the detector remembers: in RAM for a restart of the daemon, on disk for the next boot.
 
 /run/vmforkd/detector.json lives in the guest's memory, so it travels with a snapshot and each clone has its own. It is
-written before the page is: a detector that is killed in between finds there what it was about to publish. On disk,
+written after the page; what is about to be published stands in a note of its own before that (intent.py). On disk,
 state.json names the last fork whose reaction ended and the ID it led to: until then a power cut makes the next boot
 see the fork again.
 """
@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from vmfork import atomicfile
 from vmfork.errors import InputError
 from vmfork.jsonfields import Fields, JsonObject, parse_object
-from vmfork.model import ForkEvent
+from vmfork.model import EventState, ForkEvent, HookResult
 from vmfork.paths import Paths
 
 _VERSION = 1
 _MAX_BYTES = 4 << 20
+# While the disk refuses, so many forks wait in memory for their line in the history.
+_UNWRITTEN = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,16 @@ class Remembered:
     handled: bool = True
     unwritten: tuple[ForkEvent, ...] = ()
 
+    def with_fork(self, event: ForkEvent, interrupted: Sequence[HookResult] = ()) -> Remembered:
+        """After a fork; an older one that is still reacted to is superseded, with these hooks interrupted."""
+        unwritten, old = self.unwritten, self.event
+        if old is not None and not self.handled:
+            old = replace(old, state=EventState.SUPERSEDED)
+            for result in interrupted:
+                old = old.with_hook(result)
+            unwritten = (*unwritten, old)[-_UNWRITTEN:]
+        return replace(self, event=event, generation=event.generation, handled=False, unwritten=unwritten)
+
     def to_json(self) -> JsonObject:
         return {
             "version": _VERSION,
@@ -65,7 +77,7 @@ class Remembered:
         event = fields.object_or_none("event")
         return cls(
             boot_id=fields.text("boot_id"),
-            generation=fields.integer("generation", minimum=1),
+            generation=fields.integer("generation", minimum=1, maximum=LAST_GENERATION),
             kmsg_sequence=fields.integer_or_none("kmsg_sequence"),
             truths={name: truths.hex_or_none(name) or b"" for name in truths},
             credits={name: credit.integer(name) for name in credit},
@@ -102,7 +114,7 @@ class Saved:
     @classmethod
     def from_json(cls, fields: Fields) -> Saved:
         return cls(
-            generation=fields.integer("generation", minimum=1),
+            generation=fields.integer("generation", minimum=1, maximum=LAST_GENERATION),
             boot_id=fields.text_or_none("boot_id"),
             handled_token=fields.hex_or_none("handled_token", size=16),
             generation_id=fields.hex_or_none("generation_id", size=16),
@@ -148,8 +160,12 @@ def set_aside(path: str) -> str:
     return kept
 
 
+# Made once: json.dumps would make one for each call, between an edge and the page.
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
 def _dump(obj: JsonObject) -> bytes:
-    return json.dumps(obj, separators=(",", ":")).encode() + b"\n"
+    return _encode(obj).encode() + b"\n"
 
 
 def _load(path: str) -> Fields | None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemon's books: page, memory in /run, state and history in /var, kept in an order that a kill cannot break.
 
-A fork goes into /run first (what is about to be published), then onto the page, then to the watchers. When the
-reaction ended it goes into the history and only then counts as handled on disk. A disk that refuses is a problem to
+A fork goes into /run first (what is about to be published, as a note of one system call), then onto the page, to the
+watchers, and into the whole memory in /run. When the reaction ended it goes into the history and only then counts as
+handled on disk. A disk that refuses is a problem to
 report, not a reason to stop: what it did not take is written again with the next change.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from vmfork import ids, page, state
+from vmfork import ids, intent, page, state
 from vmfork.blake2 import blake2b
 from vmfork.detector import GENERATION_ID, Memory
 from vmfork.errors import InputError
@@ -39,10 +40,6 @@ _PAGE_STATE = {
 }
 
 
-# While the disk refuses, so many forks wait in memory for their line in the history.
-_UNWRITTEN = 1000
-
-
 class Ledger:
     """The only writer of page, state and history.
 
@@ -65,6 +62,10 @@ class Ledger:
         if remembered is None or not self.same_boot:
             remembered = Remembered(boot_id=boot_id, generation=self.saved.generation, tag_key=os.urandom(16))
         self.remembered = remembered
+        self._take_up_intent()
+        self._intent: intent.IntentFile | None = None
+        self._attempt(paths.detector_intent, self._open_intent)
+        remembered = self.remembered
         first = max(remembered.generation, self.saved.generation)
         self.page = page.PageWriter(paths.generation_page, initial_generation=first)
         self._history = HistoryWriter(paths)
@@ -74,6 +75,19 @@ class Ledger:
         paths = self._paths
         for directory, mode in ((paths.run_public, 0o755), (paths.run_private, 0o700), (paths.state_dir, 0o700)):
             self._attempt(directory, lambda d=directory, m=mode: os.makedirs(d, mode=m, exist_ok=True))  # type: ignore[misc]
+
+    def _take_up_intent(self) -> None:
+        """A killed detector may have noted a fork that its memory does not have yet."""
+        path = self._paths.detector_intent
+        noted, old = self._load(path, lambda: intent.load(path)), self.remembered
+        if noted is None or noted.boot_id != old.boot_id or noted.event.generation <= old.generation:
+            return
+        self.same_boot = True
+        seen = replace(old, truths=noted.truths, credits=noted.credits, kmsg_sequence=noted.kmsg_sequence)
+        self._remember(seen.with_fork(noted.event))
+
+    def _open_intent(self) -> None:
+        self._intent = intent.IntentFile(self._paths.detector_intent)
 
     def _mend(self) -> None:
         """Finish what a killed detector had begun, and never let the generation go back."""
@@ -145,22 +159,33 @@ class Ledger:
             kmsg_sequence=kmsg_sequence,
             interrupts=interrupts,
         )
-        if event is not None:
-            if self.event is not None and not remembered.handled:
-                old = replace(self.event, state=EventState.SUPERSEDED)
-                for result in interrupted:
-                    old = old.with_hook(result)
-                remembered = replace(remembered, unwritten=(*remembered.unwritten, old)[-_UNWRITTEN:])
-            remembered = replace(remembered, event=event, generation=event.generation, handled=False)
-        self._remember(remembered)
+        if event is None:
+            self._remember(remembered)
+            return
+        self.remembered = remembered = remembered.with_fork(event, interrupted)
+        if not self._attempt(self._paths.detector_intent, lambda: self._note_intent(event)):
+            self._remember(remembered)
+
+    def _note_intent(self, event: ForkEvent) -> None:
+        now = self.remembered
+        if self._intent is None or not self._intent.write(
+            intent.Intent(
+                boot_id=now.boot_id,
+                event=event,
+                kmsg_sequence=now.kmsg_sequence,
+                truths=now.truths,
+                credits=now.credits,
+            )
+        ):
+            raise InputError(self._paths.detector_intent, "does not take the note of a fork")
 
     def publish(self) -> None:
         """Put the remembered fork onto the page."""
         if self.remembered.event is not None:
             self._publish(self.remembered.event)
 
-    def note_latency(self, microseconds: int | None) -> None:
-        """Complete the event with what could only be known after it was published."""
+    def complete(self, microseconds: int | None) -> None:
+        """After a fork was published: the whole memory, with its latency, which could only be known now."""
         if self.event is not None:
             self._remember(replace(self.remembered, event=replace(self.event, detect_latency_us=microseconds)))
 
@@ -268,3 +293,5 @@ class Ledger:
         """Nobody watches from now on."""
         self.show_detection(Detection.NONE)
         self.page.close()
+        if self._intent is not None:
+            self._intent.close()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an edge to a fork: drain what is ready, read every truth, decide once, make this clone differ, publish.
 
-The order of a fork is fixed: random numbers first, then the memory in /run, then the page, then everybody who listens,
-then the reaction, and the disk last. Nothing before the page waits for a disk or for another process.
+The order of a fork is fixed: random numbers first, then a note in /run, then the page, then everybody who listens, then
+the reaction, then the whole memory in /run, and the disk last. Nothing before the page waits for a disk or for another
+process.
 """
 
 from __future__ import annotations
@@ -220,8 +221,7 @@ class Watch:
         self._ledger.publish()
         latency = _latency_us(kernel.record_us)
         self._on_fork(event)
-        if latency is not None:
-            self._ledger.note_latency(latency)
+        self._ledger.complete(latency)
         self._ledger.save_progress()
         self._interrupts = read_counters(self._paths)
         log.info(

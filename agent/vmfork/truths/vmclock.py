@@ -22,6 +22,7 @@ _NAME = re.compile(r"vmclock(0|[1-9][0-9]{0,5})", re.ASCII)
 # A hypervisor updates the page in far less; the kernel's own read() gives up after 100 ms with ETIMEDOUT.
 _UPDATE_SEC = 0.005
 _UPDATE_PAUSE_SEC = 0.0002
+_TICK_NS = 20_000_000  # of the clock for file times: 10 ms at most
 
 
 class VmclockDevice:
@@ -35,6 +36,8 @@ class VmclockDevice:
         self._update_sec = update_sec
         self._fd = -1
         self._path = paths.devices + "/vmclock0"
+        # When the directory changed last, as long as it held no device: it need not be listed again for every read.
+        self._empty_since: int | None = None
 
     @property
     def path(self) -> str:
@@ -69,8 +72,15 @@ class VmclockDevice:
         return (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino)
 
     def _open(self) -> None:
+        changed = self._changed_at()
+        if self._empty_since is not None and changed == self._empty_since:
+            raise self._no_device()
         problems: list[AbsentError | InputError] = []
-        for path in self._candidates():
+        candidates = self._candidates()
+        # A later change within the same tick of the file system's clock would not show in its time.
+        settled = abs(time.time_ns() - changed) > _TICK_NS
+        self._empty_since = changed if settled and not candidates else None
+        for path in candidates:
             try:
                 fd = _opened(path)
             except AbsentError as error:
@@ -86,10 +96,20 @@ class VmclockDevice:
             return
         if problems:
             raise problems[0]
-        raise AbsentError(
+        raise self._no_device()
+
+    def _no_device(self) -> AbsentError:
+        return AbsentError(
             f"{shown(self._paths.devices)}: no vmclock device",
             hint="needs a hypervisor that offers one and Linux 6.13 or newer (devicetree: 7.0) with its driver",
         )
+
+    def _changed_at(self) -> int:
+        directory = self._paths.devices
+        try:
+            return os.stat(directory).st_mtime_ns
+        except OSError as error:
+            raise absent(directory, error) from error
 
     def _candidates(self) -> list[str]:
         directory = self._paths.devices
