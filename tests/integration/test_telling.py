@@ -244,3 +244,20 @@ def test_status_without_a_daemon_shows_the_last_fork_to_root(guest: FakeGuest) -
         daemon.settled(2)
     run = vmforkctl(guest, "status", "--json=short")
     assert json.loads(run.stdout)["last_fork"]["generation"] == 2
+
+
+def test_a_reaction_that_goes_on_after_a_kill_waits_for_nobody_longer_than_the_admin_said(guest: FakeGuest) -> None:
+    configure(guest, "[React]\nAckTimeoutSec=300ms\n")
+    write_hook(guest, "10-slow", 'until [ -e "$VMFORK_ROOT/go" ]; do sleep 0.05; done')
+    with RunningDaemon(guest) as daemon:
+        guest.fork(FRESH[0])
+        eventually(lambda: daemon.status()["state"] == "reacting")
+        daemon.kill()
+        daemon.start()
+        late = Client.connect(guest.paths.public_socket)
+        late.send("io.vmfork.Subscribe", {"track": True, "after": 1}, more=True)
+        assert next(late.replies(timeout=20))["generation"] == 2
+        (guest.root / "go").touch()
+        assert daemon.settled(2)["state"] == "settled"
+        assert [one["overdue"] for one in daemon.status()["stragglers"]] == [True]
+        late.close()

@@ -39,15 +39,16 @@ class Settlement:
         self.config = Config()
         self.subscribers = Subscribers(self._look)
         self._deadline: Deadline | None = None
+        self._time_is_up = False
         # The clock step of a reaction that succeeded and waits for acknowledgements, in a tuple because it may be None.
         self._done: tuple[int | None] | None = None
 
     def begin(self, event: ForkEvent) -> None:
         """A fork was published: tell everybody, react to it."""
+        # First: telling may end a connection, and what follows from that must not be judged by the last fork's deadline.
+        self._reset()
         self.subscribers.expect()
         self.subscribers.tell(FORK, event.generation, event=event)
-        self._reset()
-        self._deadline = self._loop.after(self.config.get(settings.ACK_TIMEOUT_SEC), self._give_up)
         self._react(event)
 
     def resume(self) -> None:
@@ -62,9 +63,11 @@ class Settlement:
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = None
+        self._time_is_up = False
         self._done = None
 
     def _react(self, event: ForkEvent) -> None:
+        self._deadline = self._loop.after(self.config.get(settings.ACK_TIMEOUT_SEC), self._give_up)
         done = {hook.name: hook for hook in event.hooks if hook.result is HookOutcome.OK}
         self._reaction.run(
             Job(
@@ -90,10 +93,13 @@ class Settlement:
             self._close(EventState.FAILED, clock_step_ns)
 
     def _give_up(self) -> None:
-        self.subscribers.give_up(self._ledger.generation)
+        self._time_is_up = True
         self._look()
 
     def _look(self) -> None:
+        if self._time_is_up:
+            # Also who subscribed only after that: else one who never acknowledges could come late and stop everything.
+            self.subscribers.give_up(self._ledger.generation)
         if self._done is not None and not self.subscribers.awaited(self._ledger.generation):
             self._close(EventState.SETTLED, self._done[0])
 
