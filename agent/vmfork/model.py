@@ -13,7 +13,6 @@ from enum import StrEnum
 
 from vmfork.jsonfields import Fields, JsonObject, JsonValue
 
-
 # Generations go through varlink and JSON, where integers are signed. No guest is ever forked that often: a file that
 # says more is broken, and one more than it would not fit the page.
 LAST_GENERATION = 2**63 - 2

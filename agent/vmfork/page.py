@@ -46,6 +46,8 @@ DETECTION_EVENT = 2
 # A publish takes microseconds; a page that stays odd for this long lost its writer in the middle of one.
 _PATIENCE_SEC = 0.25
 _U32 = 0xFFFF_FFFF
+# Generations must fit the signed integers of JSON and varlink: this many forks means garbage.
+_NEVER_REACHED = 1 << 63
 
 
 class PageContent:
@@ -248,7 +250,7 @@ class PageWriter:
     def _repaired(self, initial_generation: int) -> PageContent:
         magic, abi, seq, found = _parse(bytes(self._bytes[: LAYOUT.size]))
         content = found
-        if magic != MAGIC or found.generation == 0:
+        if magic != MAGIC or not 0 < found.generation < _NEVER_REACHED:
             warn("%s held no generation page, it is written anew", self.path)
             content = PageContent(generation=initial_generation)
         else:

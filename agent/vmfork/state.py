@@ -17,8 +17,10 @@ from dataclasses import dataclass, field, replace
 from vmfork import atomicfile
 from vmfork.errors import InputError
 from vmfork.jsonfields import Fields, JsonObject, parse_object
-from vmfork.model import EventState, ForkEvent, HookResult
+from vmfork.model import LAST_GENERATION, EventState, ForkEvent, HookResult
 from vmfork.paths import Paths
+
+TAG_KEY_BYTES = 16
 
 _VERSION = 1
 _MAX_BYTES = 4 << 20
@@ -82,7 +84,7 @@ class Remembered:
             truths={name: truths.hex_or_none(name) or b"" for name in truths},
             credits={name: credit.integer(name) for name in credit},
             interrupts={name: interrupts.integer(name) for name in interrupts},
-            tag_key=fields.hex_or_none("tag_key") or b"",
+            tag_key=fields.hex_or_none("tag_key", size=TAG_KEY_BYTES) or b"",
             event=None if event is None else ForkEvent.from_json(event),
             handled=fields.flag("handled", default=True),
             unwritten=tuple(ForkEvent.from_json(item) for item in fields.objects("unwritten")),

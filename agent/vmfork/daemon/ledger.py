@@ -60,7 +60,12 @@ class Ledger:
         # Without a memory in RAM, a saved state of this very boot is the next best thing to continue from.
         self.same_boot = remembered is not None and remembered.boot_id == boot_id
         if remembered is None or not self.same_boot:
-            remembered = Remembered(boot_id=boot_id, generation=self.saved.generation, tag_key=os.urandom(16))
+            remembered = Remembered(
+                boot_id=boot_id, generation=self.saved.generation, tag_key=os.urandom(state.TAG_KEY_BYTES)
+            )
+        if not remembered.tag_key:
+            # Without a key the tag would be a plain hash of a secret.
+            remembered = replace(remembered, tag_key=os.urandom(state.TAG_KEY_BYTES))
         self.remembered = remembered
         self._take_up_intent()
         self._intent: intent.IntentFile | None = None
