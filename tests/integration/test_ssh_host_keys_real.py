@@ -53,6 +53,17 @@ def test_an_sshd_that_stays_with_the_old_keys_is_a_failure() -> None:
     assert "still presents an old host key" in done.stderr
 
 
+def test_an_sshd_that_takes_seconds_to_come_back_is_waited_for() -> None:
+    # A process of that name which is told to start anew, and has not begun to listen when it is asked first.
+    slow = "#!/bin/sh\ntrap 'sleep 2; exec /usr/sbin/sshd -r -D -f /etc/ssh/sshd_config' HUP\n"
+    slow += "touch /run/ready\nwhile :; do sleep 0.1; done\n"
+    begin = f"printf '%s' \"{slow}\" > /run/sshd/sshd\nchmod 755 /run/sshd/sshd\n/run/sshd/sshd &\n"
+    begin += "echo $! > /run/sshd.pid\nuntil [ -e /run/ready ]; do sleep 0.05; done\n"
+    done = guest(begin + "action ssh-host-keys")
+    assert done.returncode == 0, done.stderr
+    assert "verified: sshd on 127.0.0.1 port 2222 presents the new keys" in done.stdout, done.stdout
+
+
 def test_where_no_sshd_listens_that_is_said_and_is_no_failure() -> None:
     done = guest("action ssh-host-keys")
     assert done.returncode == 0, done.stderr

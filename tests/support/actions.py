@@ -44,6 +44,7 @@ def prepared(
     early: bool = False,
     systemd: bool | None = None,
     programs: Path | None = None,
+    deadline_sec: float = 60,
 ) -> Run:
     """A context below a root; `programs` is a directory of stubs that are found before the system's programs."""
     lines: list[str] = []
@@ -51,7 +52,7 @@ def prepared(
     search = FIXED_PATH if programs is None else (str(programs), *FIXED_PATH)
     context = ActionContext(
         paths=paths,
-        run=Commands(paths, deadline_sec=60, early=early, search=search, systemd=systemd),
+        run=Commands(paths, deadline_sec=deadline_sec, early=early, search=search, systemd=systemd),
         settings=settings or {},
         identity=identity,
         dry_run=dry_run,

@@ -150,7 +150,8 @@ def test_a_journald_that_stays_with_the_old_id_is_a_failure(tmp_path: Path, caps
     guest(tmp_path)
     (tmp_path / f"run/log/journal/{OLD}").mkdir(parents=True)
     programs, _ = manager(tmp_path, script="exit 0")
-    assert perform(machine_id.ACTION, prepared(tmp_path, programs=programs, systemd=True).context) == 1
+    run = prepared(tmp_path, programs=programs, systemd=True, deadline_sec=3)
+    assert perform(machine_id.ACTION, run.context) == 1
     assert "does not write under the new machine ID" in capsys.readouterr().err
 
 

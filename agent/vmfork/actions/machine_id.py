@@ -22,7 +22,7 @@ from vmfork.paths import Paths
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _CREDENTIAL = "system.machine_id"
-_JOURNAL_WAIT_SEC = 3.0
+_JOURNAL_WAIT_SEC = 10.0
 
 
 def after_fork(context: ActionContext) -> None:

@@ -48,8 +48,8 @@ def after_fork(context: ActionContext) -> None:
     else:
         pairs = _install_all(context, _prepare_all(context, keys, problems), problems)
         if pairs:
-            _reload(context)
-            verify_served(context, config, {pair.old.public: pair.public for pair in pairs})
+            expected = _reload(context)
+            verify_served(context, config, {pair.old.public: pair.public for pair in pairs}, expected=expected)
     if problems:
         raise ActionError("; ".join(problems), hint="the other keys are new")
 
@@ -156,28 +156,34 @@ def _running_unit(context: ActionContext) -> str | None:
     return next((unit for unit in _UNITS if context.run.is_active(unit)), None)
 
 
-def _reload(context: ActionContext) -> None:
-    """Make a running sshd read its keys again; one that a socket starts reads them for each connection anyway."""
+def _reload(context: ActionContext) -> bool:
+    """Make a running sshd read its keys again; one that a socket starts reads them for each connection anyway.
+
+    Whether somebody is known to answer then.
+    """
     unit = _running_unit(context)
     if unit is not None:
         context.run.systemctl("reload", unit, timeout=10)
         context.say(f"reloaded {unit}")
     elif any(context.run.is_active(socket) for socket in _SOCKETS):
         context.say("sshd is started by its socket: each connection gets the new keys")
-    elif not context.run.systemd and not context.paths.is_fake:
-        _hang_up(context)
+    elif context.run.systemd or context.paths.is_fake or not _hang_up(context):
+        return False
+    return True
 
 
-def _hang_up(context: ActionContext) -> None:
-    """SIGHUP for an sshd that no service manager looks after."""
+def _hang_up(context: ActionContext) -> bool:
+    """SIGHUP for an sshd that no service manager looks after; whether there is one."""
     with contextlib.suppress(OSError, ValueError):
         with open(context.paths.sshd_pid, encoding="ascii") as file:
             pid = int(file.read(32))
         with open(os.path.join(context.paths.processes, str(pid), "comm"), encoding="utf-8") as file:
             if file.read(64).strip() != "sshd":
-                return
+                return False
         os.kill(pid, signal.SIGHUP)
         context.say(f"told sshd (process {pid}) to read its configuration again")
+        return True
+    return False
 
 
 ACTION = Action(
