@@ -80,6 +80,9 @@ def _say_that_nobody_watches(paths: Paths) -> None:
         log.warning("%s", error)
     with PageWriter(paths.generation_page) as page:
         page.set_detection(DETECTION_NONE)
+    from vmfork.daemon.metrics import nobody_watches
+
+    nobody_watches(paths)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from vmfork.daemon.catchup import CatchUp
 from vmfork.daemon.descriptors import raise_limit
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Loop
-from vmfork.daemon.metrics import Metrics
+from vmfork.daemon.metrics import Metrics, nobody_watches
 from vmfork.daemon.reaction import Reaction
 from vmfork.daemon.reactorprocess import ReactorProcess, may_use_units
 from vmfork.daemon.service import Service
@@ -87,7 +87,7 @@ class Vmforkd:
     def _run_on(self) -> None:
         self.watch.settle_baseline()
         self._show_side_pages()
-        self.metrics.write(self.watch.statuses())
+        self._write_metrics()
         # What is alive now stays alive: the collector need not look at it again, and the pages that hold it are not
         # written to, which would make a private copy of each in every clone.
         gc.collect()
@@ -109,6 +109,8 @@ class Vmforkd:
         self.reaction.stop()
         self.watch.stop()
         self.sysgenid.remove()
+        if not self._early:
+            nobody_watches(self.paths)
         self.ledger.close()
 
     def _summary(self) -> str:
@@ -126,6 +128,7 @@ class Vmforkd:
         self._apply_config()
         self.watch.reload(self.config)
         self._show_side_pages()
+        self._write_metrics()
         return self.config.problems
 
     def _apply_config(self) -> None:
@@ -145,12 +148,21 @@ class Vmforkd:
         self.sysgenid.publish(event.generation)
         self.snapshots.superseded()
         self.settlement.begin(event)
+        self.metrics.noticed(event)
+        # Later: nobody may wait for the disk of a file that is read once in a while.
+        self.loop.after(0, self._write_metrics)
 
     def _on_closed(self, event: ForkEvent) -> None:
         if event.identity.policy is IdentityPolicy.ROTATE and event.state is EventState.SETTLED:
             self.snapshots.unmark()
-        self.metrics.write(self.watch.statuses())
+        self.metrics.ended(event)
+        self._write_metrics()
         sysd.notify(f"STATUS={self._summary()}")
+
+    def _write_metrics(self) -> None:
+        # The early boot has no page of metrics to keep up to date.
+        if not self._early:
+            self.metrics.write(self.watch.statuses())
 
     # What is asked, by Service.
 

@@ -6,13 +6,15 @@ Counters begin at the start of the daemon, as Prometheus expects of a process. N
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from vmfork import __version__, atomicfile
 from vmfork.daemon.ledger import Ledger
-from vmfork.model import ForkEvent, HookOutcome, SourceStatus
+from vmfork.model import ForkEvent, HookOutcome, Kind, Role, SourceStatus
 from vmfork.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ Sample = tuple[str, dict[str, str], float]
 
 
 class Metrics:
-    """Counts what closed and writes the file; `enabled` is Metrics= of the configuration."""
+    """Counts what happened and writes the file; `enabled` is Metrics= of the configuration."""
 
     def __init__(self, paths: Paths, ledger: Ledger) -> None:
         self._path = paths.metrics
@@ -29,49 +31,49 @@ class Metrics:
         self.enabled = True
         self._forks: Counter[tuple[str, str]] = Counter()
         self._hooks: Counter[tuple[str, str]] = Counter()
-        self._counted: bytes | None = None
 
-    def count(self, event: ForkEvent) -> None:
-        """A reaction ended."""
-        for edge in event.edges or ("none",):
-            self._forks[event.kind.value, edge] += 1
+    def noticed(self, event: ForkEvent) -> None:
+        """Count a fork, once, whatever becomes of its reaction."""
+        self._forks[event.kind.value, ",".join(event.edges) or "none"] += 1
+
+    def ended(self, event: ForkEvent) -> None:
+        """Count the hooks of a reaction that ended."""
         for hook in event.hooks:
             self._hooks[hook.name, hook.result.value] += 1
 
-    def write(self, sources: Iterable[SourceStatus]) -> None:
+    def write(self, sources: Sequence[SourceStatus]) -> None:
         """Replace the file; a disk that refuses is logged, since nothing depends on it."""
-        if not self.enabled:
+        if self.enabled:
+            _replace(self._path, "".join(self._lines(self._ledger.event, sources)))
             return
-        event = self._ledger.event
-        if event is not None and self._ledger.remembered.handled and event.token != self._counted:
-            self._counted = event.token
-            self.count(event)
-        text = "".join(self._lines(event, sources))
-        try:
-            atomicfile.replace(self._path, text.encode(), mode=0o644, durable=False)
-        except OSError as error:
-            log.warning("%s: %s", self._path, error.strerror)
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
 
-    def _lines(self, event: ForkEvent | None, sources: Iterable[SourceStatus]) -> Iterator[str]:
+    def _lines(self, event: ForkEvent | None, sources: Sequence[SourceStatus]) -> Iterator[str]:
         content = self._ledger.page.current
+        # A series that first appears with its first fork would hide that fork from increase() and rate().
+        forks = {
+            (Kind.MANUAL.value if one.name == "manual" else Kind.LIVE.value, one.name): 0
+            for one in sources
+            if one.role is Role.EDGE and one.live
+        }
+        forks.update(self._forks)
         yield from _family("vmfork_info", "gauge", "The running vmforkd.", [("", {"version": __version__}, 1)])
         yield from _family("vmfork_generation", "gauge", "The present generation.", [("", {}, content.generation)])
-        yield from _family(
-            "vmfork_detection", "gauge", "Who watches: 0 nobody, 1 timer, 2 event.", [("", {}, content.detection)]
-        )
+        yield from _detection(content.detection)
         yield from _family(
             "vmfork_state", "gauge", "0 settled, 1 reacting, 2 the last reaction failed.", [("", {}, content.state)]
         )
         yield from _family(
             "vmfork_forks_total",
             "counter",
-            "Forks whose reaction ended, by kind and by edge that reported them.",
-            [("", {"kind": kind, "edge": edge}, count) for (kind, edge), count in sorted(self._forks.items())],
+            "Forks noticed since this vmforkd started, by kind and by the edges heard.",
+            [("", {"kind": kind, "edge": edge}, count) for (kind, edge), count in sorted(forks.items())],
         )
         yield from _family(
             "vmfork_hook_results_total",
             "counter",
-            "Results of hooks.",
+            "Results of hooks since this vmforkd started.",
             [("", {"hook": hook, "result": result}, count) for (hook, result), count in sorted(self._hooks.items())],
         )
         yield from _family(
@@ -109,6 +111,24 @@ class Metrics:
         yield from _family(
             "vmfork_last_hook_failures", "gauge", "Hooks that failed in the last reaction.", [("", {}, failures)]
         )
+
+
+def nobody_watches(paths: Paths) -> None:
+    """All that is still true when the daemon has ended; nothing where there is no file."""
+    if os.path.exists(paths.metrics):
+        _replace(paths.metrics, "".join(_detection(0)))
+
+
+def _replace(path: str, text: str) -> None:
+    try:
+        atomicfile.replace(path, text.encode(), mode=0o644, durable=False)
+    except OSError as error:
+        log.warning("%s: %s", path, error.strerror)
+
+
+def _detection(value: int) -> Iterator[str]:
+    summary = "Who watches: 0 nobody, 1 timer, 2 event."
+    return _family("vmfork_detection", "gauge", summary, [("", {}, value)])
 
 
 def _family(name: str, kind: str, summary: str, samples: list[Sample]) -> Iterator[str]:

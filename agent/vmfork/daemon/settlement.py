@@ -45,7 +45,7 @@ class Settlement:
 
     def begin(self, event: ForkEvent) -> None:
         """A fork was published: tell everybody, react to it."""
-        # First: telling may end a connection, and what follows from that must not be judged by the last fork's deadline.
+        # First: telling may end a connection, and what follows from that is not to be judged by an old deadline.
         self._reset()
         self.subscribers.expect()
         self.subscribers.tell(FORK, event.generation, event=event)
