@@ -32,6 +32,7 @@ _RTM_F_CLONED = 0x200
 
 # include/uapi/linux/if_addr.h
 _TEMPORARY, _NODAD, _OPTIMISTIC, _DADFAILED, _TENTATIVE = 0x01, 0x02, 0x04, 0x08, 0x40
+_PERMANENT = 0x80
 _HOMEADDRESS, _MANAGETEMPADDR, _NOPREFIXROUTE, _MCAUTOJOIN = 0x10, 0x100, 0x200, 0x400
 _KEPT_FLAGS = _HOMEADDRESS | _MANAGETEMPADDR | _NOPREFIXROUTE | _MCAUTOJOIN
 TEMPORARY, UNSETTLED = _TEMPORARY, _TENTATIVE | _DADFAILED
@@ -56,6 +57,11 @@ class Address6:
     def text(self) -> str:
         return socket.inet_ntop(socket.AF_INET6, self.own)
 
+    @property
+    def is_permanent(self) -> bool:
+        """Whether it has no lifetime: set by an admin, or link-local."""
+        return bool(self.flags & _PERMANENT)
+
     def is_checked(self) -> bool:
         """Whether to check it: not while that goes on, and temporary addresses come with their parent."""
         return not self.flags & (_TEMPORARY | _NODAD) and (not self.flags & _TENTATIVE or bool(self.flags & _DADFAILED))
@@ -74,6 +80,13 @@ def addresses(channel: Channel, index: int) -> tuple[Address6, ...]:
         if len(values.get(_IFA_ADDRESS, b"")) == 16:
             found.append(Address6(index=of, prefix=prefix, scope=scope, flags=flags, attributes=values))
     return tuple(found)
+
+
+def removal(address: Address6) -> Request:
+    """The message that takes an address off its interface."""
+    head = _IFADDRMSG.pack(socket.AF_INET6, address.prefix, 0, address.scope, address.index)
+    own = attribute(_IFA_LOCAL, address.own) + attribute(_IFA_ADDRESS, address.own)
+    return Request(type=_DELADDR, body=head + own)
 
 
 def restart(paths: Paths, index: int, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -104,7 +117,7 @@ def _swap(channel: Channel, address: Address6, routes: Sequence[bytes], *, optim
     values = b"".join(attribute(kind, address.attributes[kind]) for kind in kept if kind in address.attributes)
     add = head + values + attribute(_IFA_FLAGS, struct.pack("=I", flags))
     gone, back, *restored = channel.ask(
-        Request(type=_DELADDR, body=head + attribute(_IFA_LOCAL, address.own) + attribute(_IFA_ADDRESS, address.own)),
+        removal(address),
         Request(type=_NEWADDR, flags=rawnetlink.F_CREATE | rawnetlink.F_EXCL, body=add),
         *(Request(type=_NEWROUTE, flags=rawnetlink.F_CREATE | rawnetlink.F_REPLACE, body=body) for body in routes),
     )

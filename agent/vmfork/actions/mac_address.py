@@ -2,7 +2,8 @@
 """A new MAC address for the configured interfaces, from fork token and interface name, or from a command.
 
 The address is locally administered and the same when the action is repeated for the same fork. It lasts until the
-next boot, when the hypervisor's own address counts again. Only interfaces that are named in Interfaces= are touched.
+next boot, when the hypervisor's own address counts again. Only interfaces that are named in Interfaces= are touched;
+the IPv6 addresses that came from the old MAC address go with it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 from typing import Any
 
 from vmfork import settings
-from vmfork.actions import netlink
+from vmfork.actions import ipv6_eui64, netlink
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.netlink import Link
 from vmfork.errors import ActionError, ActionSkipped
@@ -79,16 +80,24 @@ def _renew(context: ActionContext, route: Any, link: Link) -> None:
         new = derived(context.get(settings.MAC_TEMPLATE), context.token, link.name)
     if new == link.address:
         context.say(f"{link.name} already has {new}")
+        ipv6_eui64.ensure(context.paths, link.index, link.name)
         return
     if context.would(f"give {link.name} the MAC address {new} (now {link.address})"):
         return
-    was_down = netlink.set_address(route, link, new)
+    # First: killed after the change, this action would not know the old address any more.
+    gone = ipv6_eui64.forget(link.index, link.address)
+    try:
+        was_down = netlink.set_address(route, link, new)
+    finally:
+        ipv6_eui64.ensure(context.paths, link.index, link.name)
     now = next((other.address for other in netlink.links(route) if other.index == link.index), "")
     if now != new:
         raise ActionError(f"{link.name}: has the MAC address {now or '(none)'} and not {new}")
     context.say(f"gave {link.name} the MAC address {new} (was {link.address})")
     if was_down:
         context.say(f"{link.name} was taken down for it: its routes come back with its lease or configuration")
+    if gone:
+        context.say(f"{link.name}: took away {', '.join(gone)}, which came from the old MAC address")
     for place in _places_with(context, link.address):
         context.say(f"{place} matches the old MAC address: the interface may be lost at the next boot")
 
