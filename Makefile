@@ -5,11 +5,13 @@ STAMP := .venv/setup.stamp
 PYTHON := .venv/bin/python
 LISTS := $(wildcard tests/packages.txt tests/vm/packages.txt)
 
-.PHONY: help setup demo test lint run deb clean
+.PHONY: help setup demo test torture fuzz lint run deb clean
 
 help:
 	@echo 'make demo   fork real virtual machines and show what each clone noticed'
 	@echo 'make test   all tests: unit, integration, virtual machines'
+	@echo 'make torture  kill, starve, flood and fuzz it for 20 minutes; a table of what came of it'
+	@echo 'make fuzz   hostile input alone, for FUZZ_SECONDS (3600)'
 	@echo 'make lint   the static checks alone'
 	@echo 'make run    vmforkd in the foreground on a fake guest in a directory, no root needed'
 	@echo 'make deb    Debian packages, into build/deb/'
@@ -27,6 +29,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(PYTHON) -m pytest
+
+# Coverage-guided where atheris has a wheel for this Python, else by hypothesis.
+ATHERIS = $(PYTHON) -c 'import atheris' 2>/dev/null || $(PYTHON) -m pip install -q --root-user-action=ignore atheris || true
+
+torture: $(STAMP)
+	@$(ATHERIS)
+	@PYTHONPATH=agent:tests $(PYTHON) -m torture.run --output artifacts/torture.txt
+
+fuzz: $(STAMP)
+	@$(ATHERIS)
+	@PYTHONPATH=agent:tests $(PYTHON) -m torture.fuzz --seconds $(or $(FUZZ_SECONDS),3600)
 
 lint: $(STAMP)
 	@$(PYTHON) -m pytest -q tests/unit/test_static.py

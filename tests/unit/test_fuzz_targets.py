@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every target of the fuzzer with its kept inputs and with a fixed budget of changed ones, the same in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from torture.fuzz import changed
+from torture.targets import TARGETS, scratch, seeds
+
+fixed = settings(
+    max_examples=120, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tidy() -> Iterator[None]:
+    yield
+    scratch.remove()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_kept_inputs_are_taken_or_refused(name: str) -> None:
+    kept = seeds(name)
+    assert kept
+    for data in kept.values():
+        TARGETS[name](data)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_changed_inputs_are_taken_or_refused(name: str) -> None:
+    @fixed
+    @given(st.one_of(changed(list(seeds(name).values())), st.binary(max_size=300)))
+    def try_it(data: bytes) -> None:
+        TARGETS[name](data)
+
+    try_it()
