@@ -39,7 +39,7 @@ class Packages:
 
 
 def mirror() -> str:
-    """Where packages come from: VMFORK_LAB_MIRROR, else what this Debian host uses, else Debian's own name."""
+    """Where packages come from: VMFORK_LAB_MIRROR, else what this Debian host uses. LabError where neither is known."""
     chosen = os.environ.get("VMFORK_LAB_MIRROR")
     if chosen:
         return chosen
@@ -49,7 +49,7 @@ def mirror() -> str:
         origin, label, uri = line.split("|", 2)
         if (origin, label) == ("Debian", "Debian") and uri.startswith("http"):
             return uri.rstrip("/")
-    raise LabError("this host knows no Debian archive")
+    raise LabError("this host's apt knows no Debian archive; name one in VMFORK_LAB_MIRROR")
 
 
 def unpack(packages: Packages, directory: Path) -> None:
