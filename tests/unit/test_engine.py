@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.hooks import QUICK, TOKEN, Guest, Recorder, alive, always, event, occasion, pids_in, run
+from vmfork import ids
 from vmfork.model import EventState, HookOutcome, HookResult
 from vmfork.reactor.discovery import discover, runnable
 from vmfork.reactor.engine import Engine
@@ -217,6 +218,7 @@ def test_output_is_logged_line_by_line_with_fields(guest: Guest, caplog: pytest.
     lines = [one.getMessage() for one in said if one.levelname == "INFO"]
     assert lines == ["10-talks: one", "10-talks: two\\x1b[31mthree", "10-talks: four"]
     assert {vars(one)["VMFORK_GENERATION"] for one in said} == {7}
+    assert {vars(one)["MESSAGE_ID"] for one in said if one.levelname == "INFO"} == {ids.HOOK_OUTPUT}
 
 
 def test_a_daemon_that_a_good_hook_leaves_keeps_running_and_is_noted(

@@ -28,8 +28,8 @@ def holders(paths: Paths, old: str) -> tuple[str, ...]:
 
 def _all(paths: Paths, old: str) -> Iterator[str]:
     for place, why in (
-        (paths.journal_run, "journals of this boot, kept for reading"),
-        (paths.journal_var, "older journals, kept for reading"),
+        (paths.journal_run, "journals of this boot; journalctl --merge reads them"),
+        (paths.journal_var, "older journals; journalctl --merge reads them"),
     ):
         path = os.path.join(place, old)
         if os.path.isdir(path):

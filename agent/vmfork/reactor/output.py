@@ -94,7 +94,7 @@ class Output:
 
 def line_logger(hook: str, generation: int) -> Callable[[str], None]:
     """A sink that logs each line with the hook's name and the generation as fields."""
-    fields = {"VMFORK_HOOK": hook, "VMFORK_GENERATION": generation}
+    fields = {"MESSAGE_ID": ids.HOOK_OUTPUT, "VMFORK_HOOK": hook, "VMFORK_GENERATION": generation}
 
     def sink(line: str) -> None:
         log.info("%s: %s", hook, line, extra=fields)
