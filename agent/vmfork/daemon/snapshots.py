@@ -49,6 +49,11 @@ class Snapshots:
         self.number += 1
         self._call = call
         self._is_prepared = True
+        log.info(
+            "preparing for a snapshot%s",
+            ": this guest is a template, its clones get an identity of their own" if template else "",
+            extra={"MESSAGE_ID": ids.SNAPSHOT_PREPARED},
+        )
         self._subscribers.tell(BEFORE_SNAPSHOT, self._ledger.generation, snapshot=self.number)
         self._deadline = self._loop.after(ack_sec, self._run_hooks)
         self._undo = self._loop.after(ack_sec + deadline_sec, self._undo_by_itself)
@@ -70,6 +75,7 @@ class Snapshots:
             call.error("io.vmfork.NotPrepared")
             return
         self._call = call
+        log.info("the preparation for a snapshot is undone", extra={"MESSAGE_ID": ids.SNAPSHOT_CALLED_OFF})
         self._finish()
 
     def _undo_by_itself(self) -> None:
