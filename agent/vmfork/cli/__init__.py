@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -173,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code; no traceback ever reaches a person."""
+    _open_standard_streams()
     options = parser().parse_args(arguments)
     if options.json == "help":
         print("pretty\nshort\noff")
@@ -192,14 +194,39 @@ def main(arguments: list[str] | None = None) -> int:
     except VmforkError as error:
         return _fail(error, EXIT_FAILED)
     except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter must not complain about it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:
         print(f"vmforkctl: {error.filename or verb.name}: {error.strerror}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         return EXIT_FAILED
+
+
+def _open_standard_streams() -> None:
+    """With one of them closed, the next file or socket would take its place and get what is printed."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # Python leaves out a stream that was closed, whatever the type checker believes.
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for descriptor, (name, stream) in enumerate(streams.items(), start=1):
+        if stream is None:
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be text of this locale.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Nobody takes what is left to print; the interpreter must not complain about that at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(error: VmforkError, code: int) -> int:

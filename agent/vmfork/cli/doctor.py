@@ -11,7 +11,7 @@ from vmfork import config
 from vmfork.cli import EXIT_CANNOT_NOTICE, EXIT_FAILED, EXIT_NO_DAEMON
 from vmfork.cli.diagnosis import Guest, look, next_steps
 from vmfork.cli.localview import local_sources
-from vmfork.cli.output import GREEN, GREY, RED, YELLOW, colour, print_json, print_table, wants_json
+from vmfork.cli.output import GREEN, GREY, RED, YELLOW, colour, print_json, print_list, print_table, wants_json
 from vmfork.cli.reach import daemon_status
 from vmfork.jsonfields import Fields, JsonObject, JsonValue
 from vmfork.model import Role, SourceStatus
@@ -133,17 +133,18 @@ def _print(
     print(colour(verdict.sentence, verdict.tone))
     if options.quiet:
         return
+    facts = [
+        ("kernel", guest.release),
+        ("device", guest.device or "the hypervisor offers no generation ID device that this guest can see"),
+        ("driver", f"bound to {guest.bound}" if guest.bound else "bound to nothing"),
+        *([] if policy is None else [("identity", policy)]),
+    ]
     print()
-    print(f"kernel    {guest.release}")
-    print(f"device    {guest.device or 'the hypervisor offers no generation ID device that this guest can see'}")
-    print(f"driver    {'bound to ' + guest.bound if guest.bound else 'bound to nothing'}")
-    if policy is not None:
-        print(f"identity  {policy}")
+    print_table(("", ""), facts, legend=False)
     print()
     rows = [(one.name, one.role.value, "yes" if one.live else "no", one.detail) for one in sources]
     print_table(("SOURCE", "ROLE", "LIVE", "WHY"), rows, legend=not options.no_legend)
     for title, lines in (("Problems", problems), ("Next steps", steps)):
         if lines:
             print(colour(f"\n{title}:", GREY if title == "Next steps" else RED))
-            for line in lines:
-                print(f"  - {line}")
+            print_list(lines)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from vmfork.jsonfields import JsonObject, JsonValue
 GREEN, YELLOW, RED, BOLD, GREY = "32", "33", "31", "1", "90"
 
 _WIDTH = 80
+# Wrapping cells to less would only make the table longer.
+_NARROWEST = 8
 
 
 def wants_json(options: argparse.Namespace) -> bool:
@@ -44,29 +47,75 @@ def width() -> int:
     return max(40, shutil.get_terminal_size((_WIDTH, 24)).columns)
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, legend: bool) -> None:
-    """Columns as wide as they need; the last one is wrapped below itself."""
-    lines = [tuple(map(str, row)) for row in rows]
+def printable(text: str) -> str:
+    """The text with what could steer a terminal spelled out: names of files and of processes are anybody's choice."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """Lines of at most so many columns; names with hyphens in them stay whole where they can."""
+    return textwrap.wrap(printable(text), columns, break_on_hyphens=False) or [""]
+
+
+def print_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    legend: bool,
+    tones: Sequence[str | None] = (),
+    notes: Sequence[Sequence[str]] = (),
+) -> None:
+    """Columns as wide as they need, the widest ones wrapped until the line is narrow enough.
+
+    For each row, `tones` may give its last column a colour, and `notes` are lines of their own below it.
+    """
+    lines = [tuple(map(printable, row)) for row in rows]
     shown = [tuple(headings), *lines] if legend else lines
     if not shown:
         return
-    widths = [max(len(row[column]) for row in shown) for column in range(len(headings) - 1)]
-    left = sum(widths) + 2 * len(widths)
-    room = max(20, width() - left)
-    for number, row in enumerate(shown):
-        start = "".join(f"{cell:<{size}}  " for cell, size in zip(row, widths, strict=False))
-        pieces = textwrap.wrap(row[-1], room) or [""]
-        text = "\n".join([start + pieces[0], *(" " * left + piece for piece in pieces[1:])])
-        print(colour(text.rstrip(), BOLD) if legend and number == 0 else text.rstrip())
+    widths = _column_widths(shown)
+    if legend:
+        print(colour(_joined(headings, widths), BOLD))
+    for number, row in enumerate(lines):
+        tone = tones[number] if tones else None
+        pieces = [wrapped(cell, size) for cell, size in zip(row, widths, strict=True)]
+        for cells in itertools.zip_longest(*pieces, fillvalue=""):
+            print(_joined(cells, widths, tone))
+        for note in notes[number] if notes else ():
+            for piece in wrapped(note, width() - 6):
+                print(f"      {colour(piece, tone) if tone else piece}")
 
 
-def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """One `name: value` a line, names flush right as systemctl does; long values are wrapped."""
-    for name, value in fields:
-        pieces = textwrap.wrap(value, max(20, width() - 18)) or [""]
-        print(f"{name:>15}: {pieces[0]}")
-        for piece in pieces[1:]:
-            print(f"{'':>17}{piece}")
+def _column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = width() - 2 * (len(widths) - 1)
+    while sum(widths) > room and max(widths) > _NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _joined(cells: Sequence[str], widths: Sequence[int], tone: str | None = None) -> str:
+    start = "".join(f"{cell:<{size}}  " for cell, size in zip(cells[:-1], widths, strict=False))
+    last = cells[-1]
+    return f"{start}{colour(last, tone)}" if tone and last else f"{start}{last}".rstrip()
+
+
+def print_fields(fields: Iterable[tuple[str, str] | tuple[str, str, str]]) -> None:
+    """One `name: value` a line, names flush right as systemctl does; long values are wrapped. A third item is the
+    colour of the value."""
+    for name, value, *tone in fields:
+        for number, piece in enumerate(wrapped(value, width() - 18)):
+            label = f"{name}:" if number == 0 else ""
+            print(f"{label:>16} {colour(piece, tone[0]) if tone else piece}")
+
+
+def print_list(lines: Iterable[str]) -> None:
+    """One item after the other, each with a dash."""
+    for line in lines:
+        first, *rest = wrapped(line, width() - 4)
+        print(f"  - {first}")
+        for piece in rest:
+            print(f"    {piece}")
 
 
 def remark(options: argparse.Namespace, text: str) -> None:

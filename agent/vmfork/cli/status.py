@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from vmfork import __version__, history
 from vmfork.cli import EXIT_NO_DAEMON
 from vmfork.cli.localview import local_sources
-from vmfork.cli.output import GREEN, RED, YELLOW, colour, print_fields, print_json, print_table, remark, wants_json
+from vmfork.cli.output import GREEN, RED, YELLOW, print_fields, print_json, print_table, remark, wants_json
 from vmfork.cli.reach import call, daemon_status
 from vmfork.errors import DaemonUnreachable, InputError, Unavailable
 from vmfork.jsonfields import Fields, JsonObject, JsonValue
-from vmfork.model import EventState, ForkEvent, HookOutcome, SourceStatus
+from vmfork.model import EventState, ForkEvent, HookOutcome, HookResult, SourceStatus
 from vmfork.page import read_page
 from vmfork.paths import Paths
 from vmfork.state import load_remembered
@@ -77,10 +77,10 @@ def _print_status(found: JsonObject, *, runs: bool) -> None:
     generation = fields.integer_or_none("generation")
     state = fields.text_or_none("state") or "unknown"
     detection = fields.text("detection")
-    lines = [
+    lines: list[tuple[str, str] | tuple[str, str, str]] = [
         ("Generation", "no page" if generation is None else str(generation)),
-        ("State", colour(state, _STATE_COLOURS.get(state, RED))),
-        ("Detection", colour(detection, _STATE_COLOURS[detection]) + ("" if runs else " (vmforkd is not running)")),
+        ("State", state, _STATE_COLOURS.get(state, RED)),
+        ("Detection", detection + ("" if runs else " (vmforkd is not running)"), _STATE_COLOURS.get(detection, RED)),
     ]
     live = [one.text("name") for one in fields.objects("sources") if one.flag("live")]
     if live:
@@ -97,26 +97,32 @@ def _print_status(found: JsonObject, *, runs: bool) -> None:
         who = f"{straggler.text_or_none('command') or '?'} (PID {straggler.integer('pid')})"
         verb = "has not acknowledged in time" if straggler.flag("overdue") else "has not acknowledged yet"
         lines.append(("Waiting for", f"{who} {verb}"))
-    lines += [("Problem", colour(text, RED)) for text in fields.texts("problems")]
+    lines += [("Problem", text, RED) for text in fields.texts("problems")]
     print_fields(lines)
 
 
 def _one_line(event: ForkEvent) -> str:
     fields = Fields(event.to_json(), "fork")
-    return (
-        f"{fields.text('detected_at')[:19]}Z, {event.kind.value}, by {_edges(event)}, "
-        f"{event.state.value}{_bad_hooks(event)}"
-    )
+    bad = "".join(f", {hook}" for hook in _bad_hooks(event))
+    return f"{fields.text('detected_at')[:19]}Z, {event.kind.value}, by {_edges(event)}, {event.state.value}{bad}"
 
 
 def _edges(event: ForkEvent) -> str:
     return ", ".join(event.edges) or "saved state"
 
 
-def _bad_hooks(event: ForkEvent) -> str:
+def _bad_hooks(event: ForkEvent) -> list[str]:
+    """Each hook that did not do its work, and how it ended."""
     fine = (HookOutcome.OK, HookOutcome.SKIPPED, HookOutcome.MASKED)
-    bad = [f"{hook.name} {hook.result.value}" for hook in event.hooks if hook.result not in fine]
-    return f" ({', '.join(bad)})" if bad else ""
+    return [f"{hook.name} {_ending(hook)}" for hook in event.hooks if hook.result not in fine]
+
+
+def _ending(hook: HookResult) -> str:
+    if hook.result is HookOutcome.FAILED and hook.exit_code is not None:
+        return f"failed (exit code {hook.exit_code})"
+    if hook.result is HookOutcome.FAILED and hook.signal is not None:
+        return f"failed (signal {hook.signal})"
+    return hook.result.value
 
 
 def forks(options: argparse.Namespace) -> int:
@@ -135,8 +141,13 @@ def forks(options: argparse.Namespace) -> int:
     if wants_json(options):
         print_json(options, as_json)
         return 0
-    rows = [_row(event) for event in found]
-    print_table(("GEN", "WHEN", "KIND", "EDGES", "LATENCY", "IDENTITY", "RESULT"), rows, legend=not options.no_legend)
+    print_table(
+        ("GEN", "WHEN", "KIND", "EDGES", "LATENCY", "IDENTITY", "RESULT"),
+        [_row(event) for event in found],
+        legend=not options.no_legend,
+        tones=[RED if event.state is EventState.FAILED else None for event in found],
+        notes=[_bad_hooks(event) for event in found],
+    )
     if not found and not options.no_legend:
         remark(options, "no fork was noticed so far")
     return 0
@@ -146,7 +157,6 @@ def _row(event: ForkEvent) -> tuple[str, ...]:
     latency = "-" if event.detect_latency_us is None else f"{event.detect_latency_us / 1000:.1f} ms"
     when = str(event.to_json()["detected_at"])[:19].replace("T", " ")
     ran = sum(hook.result is HookOutcome.OK for hook in event.hooks)
-    result = f"{event.state.value}, {ran} ok{_bad_hooks(event)}"
     return (
         str(event.generation),
         when,
@@ -154,7 +164,7 @@ def _row(event: ForkEvent) -> tuple[str, ...]:
         ",".join(event.edges) or "-",
         latency,
         event.identity.policy.value,
-        colour(result, RED) if event.state is EventState.FAILED else result,
+        f"{event.state.value}, {ran} ok",
     )
 
 

@@ -10,7 +10,7 @@ from vmfork.cli import EXIT_FAILED
 from vmfork.cli.output import print_json, print_table, remark, wants_json
 from vmfork.cli.reach import call, connect
 from vmfork.jsonfields import Fields, JsonObject
-from vmfork.model import ForkEvent, HookOutcome
+from vmfork.model import EventState, ForkEvent
 from vmfork.paths import Paths
 from vmfork.varlink.client import RemoteError
 
@@ -57,7 +57,18 @@ def _result(options: argparse.Namespace, event: ForkEvent) -> int:
         print_json(options, event.to_json(with_ids=True))
     elif not options.quiet:
         _print_hooks(options, [hook.to_json() for hook in event.hooks])
-    return 0 if all(hook.result in (HookOutcome.OK, HookOutcome.SKIPPED) for hook in event.hooks) else EXIT_FAILED
+    failed = _complain([hook.to_json() for hook in event.hooks])
+    return EXIT_FAILED if failed or event.state is EventState.FAILED else 0
+
+
+def _complain(hooks: list[JsonObject]) -> bool:
+    """Name the hooks that failed, also for -q; True if there is one."""
+    failed = [hook for hook in hooks if hook["result"] not in _FINE]
+    for hook in failed:
+        print(f"vmforkctl: {hook['name']}: {hook['result']}", file=sys.stderr)
+    if failed:
+        print("hint: what they said: journalctl -u vmfork-react", file=sys.stderr)
+    return bool(failed)
 
 
 def _print_hooks(options: argparse.Namespace, hooks: list[JsonObject]) -> None:
@@ -86,7 +97,6 @@ def prepare(options: argparse.Namespace) -> int:
         answer = Fields(client.call("io.vmfork.Prepare", asked), "answer to Prepare")
     late = answer.objects("not_ready")
     hooks = [_hook(one) for one in answer.objects("hooks")]
-    failed = [str(one["name"]) for one in hooks if one["result"] not in _FINE]
     if wants_json(options):
         print_json(
             options,
@@ -101,6 +111,7 @@ def prepare(options: argparse.Namespace) -> int:
     for one in late:
         name = one.text_or_none("command") or "?"
         print(f"vmforkctl: {name} (PID {one.integer('pid')}) is not ready", file=sys.stderr)
+    failed = _complain(hooks)
     remark(options, "ready for the snapshot" if not late and not failed else "not everything is ready")
     return EXIT_FAILED if late or failed else 0
 
@@ -132,7 +143,7 @@ def resume(options: argparse.Namespace) -> int:
         print_json(options, {"hooks": list(hooks)})
     elif not options.quiet:
         _print_hooks(options, hooks)
-    return EXIT_FAILED if any(one["result"] not in _FINE for one in hooks) else 0
+    return EXIT_FAILED if _complain(hooks) else 0
 
 
 def reload(options: argparse.Namespace) -> int:
