@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vmfork import atomicfile
 from vmfork.errors import InputError
 from vmfork.jsonfields import Fields, parse_object
-from vmfork.model import ForkEvent, Identity, IdentityPolicy, Kind
+from vmfork.model import LAST_GENERATION, ForkEvent, Identity, IdentityPolicy, Kind
 
 # The kernel copies a write within one page of a file in RAM as a whole: it looks for a fatal signal before each page
 # (generic_perform_write), so a kill leaves the old note or the new one.
@@ -42,7 +42,7 @@ class Intent:
         return cls(
             boot_id=fields.text("boot_id"),
             event=ForkEvent(
-                generation=fields.integer("generation", minimum=1),
+                generation=fields.integer("generation", minimum=1, maximum=LAST_GENERATION),
                 token=token if token is not None else bytes(16),
                 kind=fields.choice("kind", Kind),
                 edges=fields.texts("edges"),

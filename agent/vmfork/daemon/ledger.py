@@ -92,6 +92,9 @@ class Ledger:
         self._remember(seen.with_fork(noted.event))
 
     def _open_intent(self) -> None:
+        if self._intent is not None:
+            self._intent.close()
+            self._intent = None
         self._intent = intent.IntentFile(self._paths.detector_intent)
 
     def _mend(self) -> None:
@@ -284,13 +287,17 @@ class Ledger:
         """Whether a file, or its directory, did not take what was last written to it."""
         paths = self._paths
         directories = (paths.run_public, paths.run_private, paths.state_dir)
-        return any(one in self.problems for one in (*directories, paths.state, paths.history, paths.detector_memory))
+        files = (paths.state, paths.history, paths.detector_memory, paths.detector_intent)
+        return any(one in self.problems for one in (*directories, *files))
 
     def catch_up(self) -> None:
         """Write again what was refused: history before state, as ever."""
         self._make_directories()
         if self._paths.detector_memory in self.problems:
             self._remember(self.remembered)
+        if self._paths.detector_intent in self.problems:
+            # What the note did not take went into the memory; the next note needs its file.
+            self._attempt(self._paths.detector_intent, self._open_intent)
         self._write_history()
         self._save(self.saved)
 
