@@ -56,6 +56,10 @@ _FILES: dict[str, Callable[[Paths], Sequence[str]]] = {
 }
 
 
+def _intent(paths: Paths) -> Sequence[str]:
+    return (paths.detector_intent,)
+
+
 def detector_faults() -> list[Fault]:
     """Every error on all calls of every file, EIO on each call by itself, and what is no file."""
     found = [
@@ -69,6 +73,10 @@ def detector_faults() -> list[Fault]:
             ("detector.json", ("openat", "write", "fchmod", "rename")),
         )
         for call in calls
+    ]
+    found += [
+        Fault(name=f"{error} on detector.intent", error=error, calls=("pwrite64",), paths=_intent)
+        for error in ("EIO", "ENOSPC")
     ]
     found += [
         Fault(name=f"{error} on metrics.prom", error=error, paths=lambda paths: _beside(paths.metrics), told=False)

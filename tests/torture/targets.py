@@ -223,13 +223,15 @@ def state_file(data: bytes) -> None:
 
 
 def memory_file(data: bytes) -> None:
-    """Whatever stands in detector.json and state.json, the daemon's books open, and take the next fork."""
+    """Whatever stands in detector.json, state.json and the note of a fork, the books open, and take the next fork."""
     paths = scratch.paths("memory")
     shutil.rmtree(paths.root, ignore_errors=True)
-    first, _, second = data.partition(b"\n")
+    first, _, rest = data.partition(b"\n")
+    second, _, third = rest.partition(b"\n")
     _write(paths.boot_id, b"this-boot\n")
     _write(paths.detector_memory, first)
     _write(paths.state, second)
+    _write(paths.detector_intent, third)
     ledger = Ledger(paths)
     json.dumps([ledger.tag(bytes(16)), [*ledger.problems.values()]])
     generation = ledger.generation
