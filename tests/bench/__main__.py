@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m bench`: measure, keep the raw values, write the table, the plots and docs/performance.md.
+
+A chapter that was not asked for keeps the values of its last run, if there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench import calls, crowd, edge, fleet, footprint, growth, machine, peers, reaction, report
+from bench.place import TOP
+from bench.samples import Chapter
+
+# Full and quick runs of each chapter.
+CHAPTERS: dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]] = {
+    "edge": (lambda: edge.measure(300), lambda: edge.measure(30)),
+    "reaction": (lambda: reaction.measure(30), lambda: reaction.measure(6)),
+    "footprint": (
+        lambda: footprint.measure(idle_sec=180, starts=20),
+        lambda: footprint.measure(idle_sec=6, starts=5),
+    ),
+    "calls": (lambda: calls.measure(30), lambda: calls.measure(6)),
+    "crowd": (lambda: crowd.measure(rounds=15, forks=1000), lambda: crowd.measure(rounds=4, forks=100)),
+    "peers": (lambda: peers.measure(15), lambda: peers.measure(3)),
+    "growth": (lambda: growth.measure(7), lambda: growth.measure(3)),
+    "fleet": (lambda: fleet.measure(10_000), lambda: fleet.measure(1000)),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures vmfork beside its likes.")
+    parser.add_argument("--only", metavar="CHAPTER,...", default="", help=f"of {', '.join(CHAPTERS)}")
+    parser.add_argument("--quick", action="store_true", help="few samples: to try the bench, not to quote")
+    parser.add_argument(
+        "--out", type=Path, default=TOP / "artifacts/bench", metavar="DIR", help="for raw values, plots"
+    )
+    parser.add_argument("--docs", type=Path, default=TOP / "docs", metavar="DIR", help="for performance.md")
+    options = parser.parse_args()
+    wanted = [name for name in options.only.split(",") if name] or list(CHAPTERS)
+    unknown = set(wanted) - CHAPTERS.keys()
+    if unknown:
+        parser.error(f"no such chapter: {', '.join(sorted(unknown))}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    where = machine.describe()
+    for name in wanted:
+        print(f"bench: {name}", file=sys.stderr)
+        chapter = CHAPTERS[name][options.quick]()
+        content = {"machine": where, **chapter.to_json()}
+        (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(report.table([chapter]), flush=True)
+    chapters = [
+        Chapter.from_json(json.loads(path.read_text()))
+        for path in (options.out / f"{name}.json" for name in CHAPTERS)
+        if path.exists()
+    ]
+    drawn = report.plots(chapters, options.out)
+    svg = next((path for path in drawn if path.suffix == ".svg"), None)
+    if svg is not None:
+        (options.docs / svg.name).write_text(svg.read_text())
+    plot = svg.name if svg is not None else None
+    (options.docs / "performance.md").write_text(report.markdown(chapters, where, plot=plot))
+    if not drawn:
+        print("bench: no plots: matplotlib is not installed", file=sys.stderr)
+    missed = [one for chapter in chapters for one in chapter.series if one.kept is False]
+    for one in missed:
+        print(f"bench: missed: {one.what}: {report.number(one.judged)} {one.unit}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a cost stay proportional? Hooks, subscribers, history, devicetrees and ACPI tables that grow."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+from pathlib import Path
+
+from bench.crowd import Crowd, hook_times
+from bench.footprint import memory_mib, start_ms
+from bench.place import environment, fake_daemon, guest_python, scratch
+from bench.samples import Chapter, Curve, Series
+from support.fakeguest import FakeGuest
+from vmfork.history import KEPT
+
+
+def hooks(rounds: int) -> Curve:
+    points = []
+    for count in (1, 10, 100, 300, 1000):
+        times = hook_times(count, rounds if count < 300 else 2)
+        points.append((float(count), statistics.median(times.ends)))
+    return Curve(key="hooks", what="edge to settled", over="hooks", unit="ms", points=points)
+
+
+def subscribers(rounds: int) -> tuple[Curve, Curve]:
+    told, held = [], []
+    with fake_daemon() as daemon, contextlib.ExitStack() as stack:
+        crowd = Crowd(daemon, stack)
+        for count in (1, 10, 100, 300, 1000):
+            if crowd.grow(count) < count:
+                break
+            told.append((float(count), statistics.median(crowd.told_ms() for _ in range(rounds))))
+            held.append((float(count), memory_mib(daemon.pid)["Rss"]))
+    return (
+        Curve(key="subscribers", what="edge to the last subscriber told", over="subscribers", unit="ms", points=told),
+        Curve(key="subscribers-rss", what="RSS with subscribers", over="subscribers", unit="MiB", points=held),
+    )
+
+
+def fill_history(guest: FakeGuest, count: int) -> None:
+    event = {
+        "generation": 2,
+        "kind": "live",
+        "edges": ["kmsg"],
+        "generation_id": "00" * 16,
+        "previous_generation_id": "11" * 16,
+        "detected_at": "2026-01-01T00:00:00.000000Z",
+        "boottime_ns": 1,
+        "identity": {"policy": "keep", "reason": "no evidence of a clone"},
+        "state": "settled",
+        "hooks": [{"name": f"{number}0-hook", "path": "/x", "result": "ok"} for number in range(1, 9)],
+    }
+    lines = [json.dumps({**event, "token": os.urandom(16).hex()}) for _ in range(count)]
+    Path(guest.paths.history).write_text("".join(f"{line}\n" for line in lines))
+
+
+def history(rounds: int) -> Curve:
+    """In turns: what is compared is a difference of nothing."""
+    with contextlib.ExitStack() as stack:
+        guests = {}
+        for count in (0, 10, 100, KEPT):
+            name = stack.enter_context(scratch())
+            guests[count] = stack.enter_context(FakeGuest(Path(name) / "guest"))
+            fill_history(guests[count], count)
+        times: dict[int, list[float]] = {count: [] for count in guests}
+        for _ in range(max(3 * rounds, 9)):
+            for count, guest in guests.items():
+                times[count].append(start_ms(guest))
+    points = [(float(max(count, 1)), statistics.median(values)) for count, values in times.items()]
+    return Curve(key="history", what="start to READY", over="forks in the history", unit="ms", points=points)
+
+
+_PROBE = """
+import statistics, sys, time
+from vmfork.config import Config
+from vmfork.daemon.sources import Sources
+from vmfork.paths import Paths
+paths = Paths(sys.argv[1])
+times = []
+for _ in range(int(sys.argv[2])):
+    begin = time.perf_counter_ns()
+    Sources(paths, Config(), kmsg_after=None).close()
+    times.append((time.perf_counter_ns() - begin) / 1e6)
+print(statistics.median(times))
+"""
+
+
+def _probe_ms(guest: FakeGuest, rounds: int) -> float:
+    command = [guest_python(), "-c", _PROBE, str(guest.root), str(rounds)]
+    return float(subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout)
+
+
+def devicetree(rounds: int) -> Curve:
+    points = []
+    for count in (10, 100, 1000, 10_000):
+        with scratch() as name, FakeGuest(Path(name) / "guest", generation_id=None) as guest:
+            base = Path(guest.paths.device_tree)
+            for number in range(count):
+                # As wide and as deep as real ones are: buses of a hundred devices.
+                node = base / f"bus@{number // 100}" / f"device@{number}"
+                node.mkdir(parents=True)
+                (node / "compatible").write_bytes(b"vendor,device\0")
+            points.append((float(count), _probe_ms(guest, rounds)))
+    return Curve(key="devicetree", what="probing the sources", over="devicetree nodes", unit="ms", points=points)
+
+
+def acpi(rounds: int) -> Curve:
+    points = []
+    for size in (1 << 10, 1 << 14, 1 << 17, 1 << 20):
+        with scratch() as name, FakeGuest(Path(name) / "guest", generation_id=None) as guest:
+            tables = Path(guest.paths.acpi_tables)
+            tables.mkdir(parents=True)
+            (tables / "DSDT").write_bytes(_table(size))
+            points.append((size / 1024, _probe_ms(guest, rounds)))
+    return Curve(key="acpi", what="probing the sources", over="KiB of ACPI tables", unit="ms", points=points)
+
+
+def _table(size: int) -> bytes:
+    """A DSDT that is full of devices with names, addresses and a method each, none of them the one looked for."""
+    body = bytearray()
+    number = 0
+    while len(body) + 36 < size:
+        name = f"D{number % 0xFFF:03X}".encode()
+        inside = name + b"\x08_HID\x0dPNP0C02\0" + b"\x08_UID\x0c" + number.to_bytes(4, "little")
+        inside += b"\x14\x0b_STA\x00\xa4\x0a\x0f"
+        # PkgLength with one following byte: its own two bytes count.
+        length = len(inside) + 2
+        body += b"\x5b\x82" + bytes((0x40 | length & 0x0F, length >> 4)) + inside
+        number += 1
+    whole = bytearray(b"DSDT" + (36 + len(body)).to_bytes(4, "little") + b"\x02\0BENCH BENCHTAB" + bytes(12)) + body
+    whole[9] = -sum(whole) & 0xFF
+    return bytes(whole)
+
+
+def measure(rounds: int) -> Chapter:
+    chapter = Chapter(name="growth")
+    chapter.curves.append(hooks(rounds))
+    chapter.curves += subscribers(rounds)
+    chapter.curves += [history(rounds), devicetree(rounds), acpi(rounds)]
+    starts = chapter.curves[3].points
+    chapter.series.append(
+        Series(
+            key="history-ratio",
+            what=f"start with {KEPT} forks in the history over start with none",
+            unit="x",
+            values=[starts[-1][1] / starts[0][1]],
+            budget=1.2,
+        )
+    )
+    return chapter
