@@ -28,11 +28,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PAGE_DETECTION = {
-    Detection.NONE: page.DETECTION_NONE,
-    Detection.TIMER: page.DETECTION_TIMER,
-    Detection.EVENT: page.DETECTION_EVENT,
-}
 _PAGE_STATE = {
     EventState.REACTING: page.STATE_REACTING,
     EventState.SETTLED: page.STATE_SETTLED,
@@ -44,8 +39,8 @@ class Ledger:
     """The only writer of page, state and history.
 
     `problems` maps a file to the sentence that says what is wrong with it now; `refused` is called when one did not
-    take what was written. Raises InputError where the page itself
-    cannot be had: without it there is no point in going on.
+    take what was written. Raises InputError where the page itself cannot be had: without it there is no point in going
+    on.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -60,9 +55,7 @@ class Ledger:
         # Without a memory in RAM, a saved state of this very boot is the next best thing to continue from.
         self.same_boot = remembered is not None and remembered.boot_id == boot_id
         if remembered is None or not self.same_boot:
-            remembered = Remembered(
-                boot_id=boot_id, generation=self.saved.generation, tag_key=os.urandom(state.TAG_KEY_BYTES)
-            )
+            remembered = Remembered(boot_id=boot_id, generation=self.saved.generation)
         if not remembered.tag_key:
             # Without a key the tag would be a plain hash of a secret.
             remembered = replace(remembered, tag_key=os.urandom(state.TAG_KEY_BYTES))
@@ -249,7 +242,7 @@ class Ledger:
 
     def show_detection(self, detection: Detection) -> None:
         """Say on the page who watches."""
-        number = _PAGE_DETECTION[detection]
+        number = list(Detection).index(detection)
         if self.page.current.detection == number:
             return
         if detection is Detection.NONE:
@@ -285,10 +278,7 @@ class Ledger:
     @property
     def is_behind(self) -> bool:
         """Whether a file, or its directory, did not take what was last written to it."""
-        paths = self._paths
-        directories = (paths.run_public, paths.run_private, paths.state_dir)
-        files = (paths.state, paths.history, paths.detector_memory, paths.detector_intent)
-        return any(one in self.problems for one in (*directories, *files))
+        return any(not what.endswith(".broken") for what in self.problems)
 
     def catch_up(self) -> None:
         """Write again what was refused: history before state, as ever."""
@@ -296,7 +286,6 @@ class Ledger:
         if self._paths.detector_memory in self.problems:
             self._remember(self.remembered)
         if self._paths.detector_intent in self.problems:
-            # What the note did not take went into the memory; the next note needs its file.
             self._attempt(self._paths.detector_intent, self._open_intent)
         self._write_history()
         self._save(self.saved)
