@@ -22,7 +22,7 @@ from vmfork.paths import Paths
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _CREDENTIAL = "system.machine_id"
-_JOURNAL_WAIT_SEC = 10.0
+_JOURNAL_WAIT_SEC = 120.0
 
 
 def after_fork(context: ActionContext) -> None:
@@ -144,7 +144,8 @@ def _await_journal(context: ActionContext, old: str, new: str) -> None:
     places = [os.path.join(place, new) for place in (context.paths.journal_run, context.paths.journal_var)]
     if not any(os.path.isdir(os.path.join(os.path.dirname(place), old)) for place in places):
         return  # Storage=none: journald has no directories, neither an old one nor a new one.
-    end = time.monotonic() + context.run.remaining(_JOURNAL_WAIT_SEC)
+    # Half of what the hook has left: a machine that is slow is given more time by TimeoutSec=.
+    end = time.monotonic() + context.run.remaining(_JOURNAL_WAIT_SEC) / 2
     while not any(os.path.isdir(place) for place in places):
         if time.monotonic() >= end:
             raise ActionError("journald was restarted, but does not write under the new machine ID")

@@ -163,7 +163,7 @@ def _reload(context: ActionContext) -> bool:
     """
     unit = _running_unit(context)
     if unit is not None:
-        context.run.systemctl("reload", unit, timeout=10)
+        context.run.systemctl("reload", unit)
         context.say(f"reloaded {unit}")
     elif any(context.run.is_active(socket) for socket in _SOCKETS):
         context.say("sshd is started by its socket: each connection gets the new keys")

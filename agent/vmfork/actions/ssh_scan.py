@@ -16,6 +16,7 @@ from vmfork.errors import ActionError
 
 _PATIENCE_SEC = 10.0
 _SILENCE_SEC = 1.0
+_EXPECTED_SEC = 120.0
 _SCAN_SEC = 5
 _LOOPBACK = "127.0.0.1"
 
@@ -25,7 +26,7 @@ def verify_served(
 ) -> None:
     """ActionError if sshd still presents a key that was renewed; `renewed` maps old public keys to new ones.
 
-    `expected`: an sshd was just told to start anew, so its silence is waited out.
+    `expected`: an sshd was just told to start anew, so it is waited for, for half of the time that the hook has left.
     """
     if context.early or context.paths.is_fake or not context.get(settings.SSH_VERIFY):
         return
@@ -35,7 +36,7 @@ def verify_served(
     address, port = target(config)
     # A reload is a new start of sshd, so for a moment the old one still answers, or nobody.
     start = time.monotonic()
-    end = start + context.run.remaining(_PATIENCE_SEC)
+    end = start + (context.run.remaining(_EXPECTED_SEC) / 2 if expected else context.run.remaining(_PATIENCE_SEC))
     served: frozenset[str] = frozenset()
     while True:
         served = _scan(context, address, port) or served
@@ -79,9 +80,13 @@ def _split(written: str) -> tuple[str, int]:
 
 def _scan(context: ActionContext, address: str, port: int) -> frozenset[str]:
     """The "type base64" lines that a server presents, empty if nobody answers."""
-    finished = context.run.run(
-        "ssh-keyscan", "-T", str(_SCAN_SEC), "-t", "rsa,ecdsa,ed25519", "-p", str(port), address, timeout=10
-    )
+    try:
+        finished = context.run.run(
+            "ssh-keyscan", "-T", str(_SCAN_SEC), "-t", "rsa,ecdsa,ed25519", "-p", str(port), address, timeout=20
+        )
+    except ActionError as error:
+        context.say(f"asking sshd for its keys: {error}")
+        return frozenset()
     found = set()
     for line in finished.text.splitlines():
         words = line.split()
