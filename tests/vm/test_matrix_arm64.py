@@ -42,16 +42,15 @@ def test_twenty_changes_in_a_row_are_twenty_forks(guests: Guests, lab: Path, clo
     ready(guest)
     for generation in range(1, _IN_A_ROW + 1):
         board_of(guest).fork(os.urandom(16))
-        event = view.wait_event(guest, after=generation, settled=False)
-        assert (event["generation"], event["kind"], event["edges"]) == (generation + 1, "live", ["kmsg"])
+        view.wait_generation(guest, generation + 1)
     last = measured(guest, view.wait_event(guest, after=_IN_A_ROW))
     assert last["state"] == "settled"
     assert not view.failed_hooks(last)
     *forks, fence = view.fence(guest)
     assert fence["kind"] == "manual"
     assert [one["generation"] for one in forks] == list(range(2, _IN_A_ROW + 2))
+    assert {(one["kind"], *one["edges"]) for one in forks} == {("live", "kmsg")}
     assert len({one["token"] for one in forks}) == _IN_A_ROW
-    assert all(one["detect_latency_us"] > 0 for one in forks)
 
 
 def test_a_notification_without_a_change_is_no_fork(guests: Guests, lab: Path, clones: Clones) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lab import view
 from lab.guest import Guest, Saved
 
-ARTIFACTS = Path(__file__).resolve().parents[3] / "artifacts" / "vm"
+ARTIFACTS = Path(__file__).resolve().parents[3] / "artifacts" / "vm" / "matrix"
 
 
 class Clones:
@@ -40,9 +40,10 @@ def ready(guest: Guest, *, probe: bool = True) -> Guest:
     """Wait for a booted guest, start what the tests need in it. If that fails, the guest leaves its report."""
     try:
         guest.wait_ready()
-        view.add_tracing_hooks(guest)
+        view.configure(guest)
         if guest.spec.image.has_systemd:
             view.wait_watching(guest)
+            guest.check("vmforkctl", "reload")
         else:
             view.start_daemon(guest)
         if probe:

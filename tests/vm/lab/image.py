@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab import archive, cache, initramfs
+from lab.bytecode import compile_tree
 from lab.host import LabError, tool
 from lab.kernel import Kernel, contents, load_order
 from lab.payload import Payload, unpack
@@ -121,15 +122,24 @@ def mini_image(
     name: str, base: archive.Packages, kernel: Kernel, made: Payload | None, *, modules: tuple[str, ...] = ()
 ) -> Image:
     """A guest that lives in its memory: Python, busybox, vmfork, and one script as process 1."""
-    scripts = (_MINI_INIT, "links are followed", _CHANNEL.read_text(), _PROBE.read_text(), _NOT_IN_MEMORY, modules)
+    scripts = (
+        _MINI_INIT,
+        "links are followed",
+        "bytecode",
+        _CHANNEL.read_text(),
+        _PROBE.read_text(),
+        _NOT_IN_MEMORY,
+        modules,
+    )
     key = cache.key_of(base.key, kernel.key, made.key if made else None, scripts)
 
     def build(partial: Path) -> None:
-        source = archive.tree(base, estimate="about 20 s")
+        source = _with_bytecode(base)
         extra = partial / "extra"
         extra.mkdir()
         if made:
             unpack(made, extra)
+            compile_tree(extra, python_root=_native(base))
         with initramfs.Archive(partial / "initrd") as target:
             target.tree(source, skip=_NOT_IN_MEMORY)
             target.tree(extra, skip=_NOT_IN_MEMORY)
@@ -146,6 +156,28 @@ def mini_image(
     return Image(
         kernel=kernel.image, initrd=found / "initrd", disk=None, command_line="rdinit=/init", has_systemd=False
     )
+
+
+def _with_bytecode(base: archive.Packages) -> Path:
+    source = archive.tree(base, estimate="about 20 s")
+    native = _native(base)
+
+    def build(partial: Path) -> None:
+        # Device nodes stay where they are: devtmpfs makes its own.
+        (partial / "root").mkdir()
+        for path in source.iterdir():
+            if path.name != "dev":
+                subprocess.run(["cp", "-a", os.fspath(path), os.fspath(partial / "root")], check=True)
+        compile_tree(partial / "root", python_root=native)
+
+    key = cache.key_of(base.key, native.parent.name, "bytecode")
+    return cache.artefact(f"compiled-{base.name}", key, build, estimate="about 10 s") / "root"
+
+
+def _native(base: archive.Packages) -> Path:
+    """The same packages for this host, whose Python runs here."""
+    name = base.name.replace(base.architecture, "amd64")
+    return archive.tree(replace(base, name=name, architecture="amd64"), estimate="about 20 s")
 
 
 def _add_programs(target: initramfs.Archive, kernel: Kernel, modules: tuple[str, ...]) -> None:

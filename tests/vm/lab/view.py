@@ -15,6 +15,8 @@ _PROBE = "/usr/lib/vmfork-lab/guest_probe.py"
 _FIRST_HOOK = "/etc/vmfork/hooks.d/00-lab-first"
 _LAST_HOOK = "/etc/vmfork/hooks.d/99-lab-last"
 _TRACE = "/run/vmfork-lab.hooks"
+# The default is made for real machines; an emulated one on a busy host needs a minute for what they do in a second.
+_PATIENCE = "[React]\nTimeoutSec=180s\n"
 # A shell builtin, so that the hook's first instruction is what is measured. /proc/uptime is CLOCK_BOOTTIME.
 _TRACING_HOOK = f"""#!/bin/sh
 read -r now rest </proc/uptime
@@ -48,8 +50,9 @@ def start_probe(guest: Guest) -> None:
     guest.until("python3", _PROBE, "ask", "now", seconds=120, what="the probe serves")
 
 
-def add_tracing_hooks(guest: Guest) -> None:
-    """Add a first and a last hook that note when they ran."""
+def configure(guest: Guest) -> None:
+    """Give hooks time, and add a first and a last one that note when they ran."""
+    put(guest, "/etc/vmfork/vmfork.conf.d/lab.conf", _PATIENCE)
     for path in (_FIRST_HOOK, _LAST_HOOK):
         put(guest, path, _TRACING_HOOK, mode="0755")
 
@@ -96,6 +99,12 @@ def wait_event(guest: Guest, *, after: int, settled: bool = True, timeout: float
     answer = guest.json(*command, *(["--settled"] if settled else []), accept=(0, 1), timeout=timeout + 30)
     assert isinstance(answer, dict)
     return answer
+
+
+def wait_generation(guest: Guest, generation: int, *, seconds: float = 60) -> None:
+    """Wait until the generation page shows at least this generation; quicker than asking vmforkctl."""
+    script = 'test "$(od -An -t u8 -j 16 -N 8 /run/vmfork/generation)" -ge "$1"'
+    guest.until("sh", "-c", script, "generation", str(generation), seconds=seconds, what=f"generation {generation}")
 
 
 def fence(guest: Guest) -> list[Event]:
