@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vmfork import atomicfile
 from vmfork.errors import InputError
@@ -48,15 +49,15 @@ class Remembered:
     handled: bool = True
     unwritten: tuple[ForkEvent, ...] = ()
 
-    def with_fork(self, event: ForkEvent, interrupted: Sequence[HookResult] = ()) -> Remembered:
-        """After a fork; an older one that is still reacted to is superseded, with these hooks interrupted."""
+    def with_fork(self, event: ForkEvent, interrupted: Sequence[HookResult] = (), **seen: Any) -> Remembered:
+        """After a fork, and with what was `seen`; an older one still reacted to is superseded, with these hooks."""
         unwritten, old = self.unwritten, self.event
         if old is not None and not self.handled:
             old = replace(old, state=EventState.SUPERSEDED)
             for result in interrupted:
                 old = old.with_hook(result)
             unwritten = (*unwritten, old)[-_UNWRITTEN:]
-        return replace(self, event=event, generation=event.generation, handled=False, unwritten=unwritten)
+        return replace(self, event=event, generation=event.generation, handled=False, unwritten=unwritten, **seen)
 
     def to_json(self) -> JsonObject:
         return {

@@ -32,7 +32,9 @@ def choose(paths: Paths, config: Config, saved: Saved, kind: Kind, *, asked: Ide
 def _template(paths: Paths, config: Config) -> str | None:
     if config.get(settings.TEMPLATE):
         return "Template=yes is configured"
-    if any(map(os.path.lexists, (paths.template_mark_run, paths.template_mark))):
+    # Unlike lexists(), access() makes no exception of what is not there: this is on the way to the page.
+    marks = (paths.template_mark_run, paths.template_mark)
+    if any(os.access(mark, os.F_OK, follow_symlinks=False) for mark in marks):
         return "this guest was declared a template by vmforkctl prepare --template"
     return None
 

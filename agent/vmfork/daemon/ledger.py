@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vmfork import ids, intent, page, state
 from vmfork.blake2 import blake2b
@@ -33,14 +33,15 @@ _PAGE_STATE = {
     EventState.SETTLED: page.STATE_SETTLED,
     EventState.FAILED: page.STATE_FAILED,
 }
+# So many results of hooks go into the memory one by one.
+_ALL_NOTED = 32
 
 
 class Ledger:
     """The only writer of page, state and history.
 
     `problems` maps a file to the sentence that says what is wrong with it now; `refused` is called when one did not
-    take what was written. Raises InputError where the page itself cannot be had: without it there is no point in going
-    on.
+    take what was written. Raises InputError where the page itself cannot be had: nothing works without it.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -153,17 +154,12 @@ class Ledger:
 
         An older fork whose reaction is still going on is superseded then; `interrupted` are its unfinished hooks.
         """
-        remembered = replace(
-            self.remembered,
-            truths=memory.truths,
-            credits=memory.credits,
-            kmsg_sequence=kmsg_sequence,
-            interrupts=interrupts,
-        )
+        seen: dict[str, Any] = {"truths": memory.truths, "credits": memory.credits}
+        seen |= {"kmsg_sequence": kmsg_sequence, "interrupts": interrupts}
         if event is None:
-            self._remember(remembered)
+            self._remember(replace(self.remembered, **seen))
             return
-        self.remembered = remembered = remembered.with_fork(event, interrupted)
+        self.remembered = remembered = self.remembered.with_fork(event, interrupted, **seen)
         if not self._attempt(self._paths.detector_intent, lambda: self._note_intent(event)):
             self._remember(remembered)
 
@@ -200,8 +196,13 @@ class Ledger:
 
     def note_hook(self, result: HookResult) -> None:
         """One hook of the running reaction ended."""
-        if self.event is not None:
-            self._remember(replace(self.remembered, event=self.event.with_hook(result)))
+        if self.event is None:
+            return
+        event = self.event.with_hook(result)
+        self.remembered = replace(self.remembered, event=event)
+        # A file for each of a thousand would cost the square of their number; the hook of a lost one runs again.
+        if len(event.hooks) <= _ALL_NOTED or len(event.hooks) % _ALL_NOTED == 0:
+            self._remember(self.remembered)
 
     def close_event(
         self,

@@ -109,7 +109,9 @@ class Sources:
             if value is not None:
                 found[GENERATION_ID] = value
                 break
-        counter = self._try(self._counter)
+        # That it is not there was said once; as long as it is true it need not be found out, and said, anew.
+        is_known = VMCLOCK in self._absences and self._device.is_still_absent()
+        counter = None if is_known else self._try(self._counter)
         if counter is not None:
             found[VMCLOCK] = counter
         return found

@@ -56,8 +56,13 @@ class VmclockDevice:
             self.close()
         return _consistent(self.fileno(), self._path, self._update_sec)
 
+    def is_still_absent(self) -> bool:
+        """True while there is no device because nothing came or went since there was none."""
+        return self._fd < 0 and self._empty_since is not None and self._changed_at() == self._empty_since
+
     def close(self) -> None:
-        """Give the descriptor back; a later call opens the device anew."""
+        """Give the descriptor back; a later call looks for the device anew."""
+        self._empty_since = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -73,12 +78,10 @@ class VmclockDevice:
 
     def _open(self) -> None:
         changed = self._changed_at()
-        if self._empty_since is not None and changed == self._empty_since:
-            raise self._no_device()
         problems: list[AbsentError | InputError] = []
         candidates = self._candidates()
         # A later change within the same tick of the file system's clock would not show in its time.
-        settled = abs(time.time_ns() - changed) > _TICK_NS
+        settled = changed is not None and abs(time.time_ns() - changed) > _TICK_NS
         self._empty_since = changed if settled and not candidates else None
         for path in candidates:
             try:
@@ -96,20 +99,16 @@ class VmclockDevice:
             return
         if problems:
             raise problems[0]
-        raise self._no_device()
-
-    def _no_device(self) -> AbsentError:
-        return AbsentError(
+        raise AbsentError(
             f"{shown(self._paths.devices)}: no vmclock device",
             hint="needs a hypervisor that offers one and Linux 6.13 or newer (devicetree: 7.0) with its driver",
         )
 
-    def _changed_at(self) -> int:
-        directory = self._paths.devices
+    def _changed_at(self) -> int | None:
         try:
-            return os.stat(directory).st_mtime_ns
-        except OSError as error:
-            raise absent(directory, error) from error
+            return os.stat(self._paths.devices).st_mtime_ns
+        except OSError:
+            return None
 
     def _candidates(self) -> list[str]:
         directory = self._paths.devices
