@@ -100,20 +100,17 @@ def pool():
 
 def in_asyncio():
     import asyncio
+    loop, woken, drawn = asyncio.new_event_loop(), asyncio.Event(), {}
     adapt()
+    vmfork.register_after_fork(loop.call_soon_threadsafe, woken.set)
+    async def task(number):
+        await woken.wait()
+        drawn[f"task {number}"] = draw()
     async def follow():
-        drawn, woken = {}, asyncio.Event()
-        loop = asyncio.get_running_loop()
-        vmfork.register_after_fork(lambda: loop.call_soon_threadsafe(woken.set))
-        if told.is_set():
-            woken.set()
-        async def task(number):
-            await woken.wait()
-            drawn[f"task {number}"] = draw()
         await asyncio.gather(*(task(number) for number in range(3)))
-        return drawn
     yield
-    return asyncio.run(follow())
+    loop.run_until_complete(follow())
+    return drawn
 
 def run(make):
     as_the_original()
