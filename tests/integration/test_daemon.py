@@ -139,11 +139,12 @@ def test_a_changed_vmclock_counter_is_an_event(guest: FakeGuest) -> None:
         assert daemon.settled(2)["kind"] == "live"
 
 
-def test_a_clock_disruption_alone_is_no_event(guest: FakeGuest) -> None:
+def test_a_clock_disruption_alone_is_published_and_no_event(guest: FakeGuest) -> None:
     poll_quickly(guest)
     guest.set_vmclock(counter=7, disruption=1)
     with RunningDaemon(guest) as daemon:
         guest.set_vmclock(counter=7, disruption=2, seq=4)
+        eventually(lambda: "1 clock disruptions" in str(daemon.status()["sources"]))
         guest.fork(fresh_id())
         daemon.settled(2)
         assert len(daemon.forks()) == 1

@@ -55,7 +55,9 @@ class VmclockPoll:
         return NOTHING
 
     def status(self) -> SourceStatus:
-        return SourceStatus(name=self.name, role=Role.EDGE, live=self._pollable, detail=self._detail, hint=self._hint)
+        seen = self._device.disruptions
+        detail = self._detail + (f"; {seen} clock disruptions since the start" if seen else "")
+        return SourceStatus(name=self.name, role=Role.EDGE, live=self._pollable, detail=detail, hint=self._hint)
 
     def close(self) -> None:
         """The device belongs to the truth."""

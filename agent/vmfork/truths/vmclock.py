@@ -8,6 +8,7 @@ one `VmclockDevice`. It is never mapped: Python has no read barriers, and in rea
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import time
@@ -16,6 +17,8 @@ from vmfork.errors import AbsentError, InputError
 from vmfork.paths import Paths
 from vmfork.truths.sysfile import absent, shown
 from vmfork.truths.vmclockabi import PAGE_BYTES, VmclockPage, counter_bytes, parse
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"vmclock(0|[1-9][0-9]{0,5})", re.ASCII)
 
@@ -28,7 +31,8 @@ _TICK_NS = 20_000_000  # of the clock for file times: 10 ms at most
 class VmclockDevice:
     """The vmclock with the smallest number that can be understood; opened when first needed, then kept open.
 
-    `update_sec` bounds how long a read waits for the hypervisor to finish an update.
+    `update_sec` bounds how long a read waits for the hypervisor to finish an update. `disruptions` counts the changes
+    of the disruption marker between reads: a live migration makes one, and that is no fork.
     """
 
     def __init__(self, paths: Paths, *, update_sec: float = _UPDATE_SEC) -> None:
@@ -36,6 +40,8 @@ class VmclockDevice:
         self._update_sec = update_sec
         self._fd = -1
         self._path = paths.devices + "/vmclock0"
+        self.disruptions = 0
+        self._marker: int | None = None
         # When the directory changed last, as long as it held no device: it need not be listed again for every read.
         self._empty_since: int | None = None
 
@@ -54,7 +60,12 @@ class VmclockDevice:
         """One consistent page; it also clears POLLIN. AbsentError or InputError where there is none this time."""
         if self._fd >= 0 and self._paths.is_fake and self._is_replaced():
             self.close()
-        return _consistent(self.fileno(), self._path, self._update_sec)
+        page = _consistent(self.fileno(), self._path, self._update_sec)
+        if self._marker is not None and page.disruption_marker != self._marker:
+            self.disruptions += 1
+            log.info("vmclock: the host reports that the clock was disrupted; by itself that is no fork")
+        self._marker = page.disruption_marker
+        return page
 
     def is_still_absent(self) -> bool:
         """True while there is no device because nothing came or went since there was none."""
