@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torture.scenario import scratch
 from torture.table import Row
 
 if TYPE_CHECKING:
@@ -119,10 +120,15 @@ def guided() -> bool:
 
 
 def _fuzz_one(name: str, seconds: int) -> Outcome:
-    with tempfile.TemporaryDirectory(prefix="vmfork-fuzz.") as directory:
+    # The fuzzer ends its process without a clean-up: what a target writes has to be below what is removed here.
+    with (
+        tempfile.TemporaryDirectory(prefix="vmfork-fuzz.") as directory,
+        tempfile.TemporaryDirectory(prefix="vmfork-fuzz.", dir=scratch()) as written,
+    ):
+        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "TMPDIR": written}
         run = subprocess.run(
             [sys.executable, "-m", "torture.fuzz", "--one", name, "--seconds", str(seconds), "--directory", directory],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

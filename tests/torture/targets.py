@@ -62,8 +62,7 @@ class _Scratch:
     @property
     def path(self) -> Path:
         if self._path is None:
-            shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            self._path = Path(tempfile.mkdtemp(prefix="vmfork-fuzz.", dir=shared))
+            self._path = Path(tempfile.mkdtemp(prefix="vmfork-fuzz."))
         return self._path
 
     def paths(self, name: str) -> Paths:
