@@ -48,7 +48,7 @@ def of_somebody_else(path: Path) -> None:
 
 # How the file is broken, and what the complaint about it says after the file's name.
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "unknown key": (text("[React]\nIdentiy=rotate\n"), ":2: unknown key Identiy="),
+    "unknown key": (text("[React]\nIdentities=rotate\n"), ":2: unknown key Identities="),
     "unknown key of a hook": (text("[Hook 15-clock]\nThreshold=1\n"), ":2: unknown key Threshold="),
     "unknown section": (text("[Reakt]\nIdentity=rotate\n"), ":2: unknown section [Reakt], Identity="),
     "wrong value": (text("# who\n\n[React]\nIdentity=maybe\n"), ":4: Identity= must be one of"),
