@@ -41,10 +41,10 @@ def measure(*, idle_sec: float, starts: int) -> Chapter:
     chapter = Chapter(name="footprint")
     reason = can_copy()
     place: Place = real_daemon if reason is None else fake_daemon
-    where = "no root prefix, pyudev and systemd-python imported, logging to the journal"
+    where = "no root prefix, pyudev imported, logging to the journal; libsystemd comes with the first message"
     if reason is not None:
         where = f"below a root prefix, without pyudev and systemd-python ({reason})"
-    rss, pss, private, woken = [], [], [], []
+    rss, pss, private, woken, later = [], [], [], [], []
     for _ in range(3):
         with place() as daemon:
             time.sleep(0.5)
@@ -55,9 +55,12 @@ def measure(*, idle_sec: float, starts: int) -> Chapter:
             rss.append(found["Rss"])
             pss.append(found["Pss"])
             private.append(found["Private_Dirty"])
+            daemon.fork()
+            later.append(memory_mib(daemon.pid)["Rss"])
     chapter.series += [
         Series(key="rss", what="detector, idle: RSS", unit="MiB", values=rss, budget=18.0, note=where),
         Series(key="pss", what="detector, idle: PSS", unit="MiB", values=pss, note=where),
+        Series(key="rss-later", what="detector, after its first fork: RSS", unit="MiB", values=later),
         Series(key="private-dirty", what="detector, idle: private and written", unit="MiB", values=private, note=where),
         Series(
             key="wake-ups",

@@ -115,22 +115,32 @@ def acpi(rounds: int) -> Curve:
             tables = Path(guest.paths.acpi_tables)
             tables.mkdir(parents=True)
             (tables / "DSDT").write_bytes(_table(size))
+            device = Path(guest.paths.acpi_devices) / "PNP0C02:00"
+            device.mkdir(parents=True)
+            for attribute, text in (
+                ("modalias", "acpi:PNP0C02:VM_GEN_COUNTER:"),
+                ("path", "\\VGEN"),
+                ("hid", "PNP0C02"),
+            ):
+                (device / attribute).write_text(f"{text}\n")
             points.append((size / 1024, _probe_ms(guest, rounds)))
     return Curve(key="acpi", what="probing the sources", over="KiB of ACPI tables", unit="ms", points=points)
 
 
 def _table(size: int) -> bytes:
-    """A DSDT that is full of devices with names, addresses and a method each, none of them the one looked for."""
+    """A DSDT full of devices with names and a method each, and the one looked for at its end, with no address."""
     body = bytearray()
     number = 0
-    while len(body) + 36 < size:
+    wanted = b"VGEN\x08_HID\x0dPNP0C02\0\x08_CID\x0dVM_Gen_Counter\0"
+    while len(body) + 200 < size:
         name = f"D{number % 0xFFF:03X}".encode()
         inside = name + b"\x08_HID\x0dPNP0C02\0" + b"\x08_UID\x0c" + number.to_bytes(4, "little")
-        inside += b"\x14\x0b_STA\x00\xa4\x0a\x0f"
+        inside += b"\x14\x09_STA\x00\xa4\x0a\x0f"
         # PkgLength with one following byte: its own two bytes count.
         length = len(inside) + 2
         body += b"\x5b\x82" + bytes((0x40 | length & 0x0F, length >> 4)) + inside
         number += 1
+    body += b"\x5b\x82" + bytes((0x40 | (len(wanted) + 2) & 0x0F, (len(wanted) + 2) >> 4)) + wanted
     whole = bytearray(b"DSDT" + (36 + len(body)).to_bytes(4, "little") + b"\x02\0BENCH BENCHTAB" + bytes(12)) + body
     whole[9] = -sum(whole) & 0xFF
     return bytes(whole)

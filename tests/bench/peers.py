@@ -253,6 +253,11 @@ def measure(rounds: int) -> Chapter:
         chapter.remarks.append(f"No peer was measured: {reason}.")
         return chapter
     chapter.remarks.append(
+        "vmforkd starts a fresh, unsandboxed Python process for each fork, the reactor: that is nearly all of its time"
+        " to the first script, whatever their number. The others start scripts themselves, one after the other; vmfork"
+        " runs those of equal order side by side."
+    )
+    chapter.remarks.append(
         "networkd-dispatcher and NetworkManager's dispatcher need a system bus and a network manager that announces"
         " something; they were not run."
     )

@@ -127,7 +127,7 @@ def plots(chapters: list[Chapter], directory: Path) -> list[Path]:
     _budgets(axes[0][1], chapters)
     _events(axes[1][0], by_name.get("peers"))
     _growth(axes[1][1], by_name.get("growth"))
-    figure.tight_layout()
+    figure.tight_layout(w_pad=3)
     written = []
     for suffix in ("png", "svg"):
         path = directory / f"performance.{suffix}"
@@ -151,7 +151,7 @@ def _latencies(axis: Any, chapter: Chapter | None) -> None:
     axis.axvline(300, color="grey", linestyle=":", label="budget of the median")
     axis.set_xscale("log")
     axis.set_xlabel("microseconds")
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right", fontsize=7)
 
 
 def _budgets(axis: Any, chapters: list[Chapter]) -> None:
@@ -160,8 +160,8 @@ def _budgets(axis: Any, chapters: list[Chapter]) -> None:
     shares = [one.judged / (one.budget or 1) for one in judged]
     colours = ["tab:green" if share <= 1 else "tab:red" for share in shares]
     places = range(len(judged))
-    axis.barh(places, [min(share, 4) for share in shares], color=colours)
-    axis.set_yticks(places, [one.what for one in judged], fontsize=7)
+    axis.barh(places, [min(max(share, 0), 4) for share in shares], color=colours)
+    axis.set_yticks(places, [one.what.replace(", ", ",\n", 1) for one in judged], fontsize=6)
     axis.invert_yaxis()
     axis.axvline(1, color="grey", linestyle=":")
 
@@ -177,7 +177,7 @@ def _events(axis: Any, chapter: Chapter | None) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("scripts")
     axis.set_ylabel("milliseconds")
-    axis.legend(loc="upper left")
+    axis.legend(loc="lower right", fontsize=7)
 
 
 def _growth(axis: Any, chapter: Chapter | None) -> None:
@@ -187,7 +187,7 @@ def _growth(axis: Any, chapter: Chapter | None) -> None:
     for curve in chapter.curves:
         (_, base), *_ = curve.points
         sizes, costs = zip(*curve.points, strict=True)
-        axis.plot(sizes, [cost / base for cost in costs], marker="o", label=curve.what)
+        axis.plot(sizes, [cost / base for cost in costs], marker="o", label=f"{curve.what}, by {curve.over}")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="upper left", fontsize=7)
