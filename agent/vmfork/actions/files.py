@@ -18,6 +18,7 @@ from vmfork.paths import Paths
 
 _SELINUX = "security.selinux"
 _MAX_LINKS = 40
+_MAX_TEXT = 1 << 20
 
 
 def temporary_name(path: str) -> str:
@@ -39,6 +40,20 @@ def resolve(paths: Paths, path: str) -> str:
             raise
         path = paths.at(target) if os.path.isabs(target) else os.path.join(os.path.dirname(path), target)
     raise ActionError(f"{path}: too many symbolic links")
+
+
+def read_text(path: str) -> str:
+    """The text of a small file, its first MiB; bytes that are no text survive a later write. Empty where none is.
+
+    Raises ActionError where it is there and cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(_MAX_TEXT)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ActionError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def fsync_directory(path: str) -> None:

@@ -21,12 +21,11 @@ _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _TOKEN = re.compile(r"%(\d{0,2})t")
 # include/uapi/linux/utsname.h: __NEW_UTS_LEN.
 _MAX_NAME = 64
-_MAX_FILE = 1 << 20
 
 
 def after_fork(context: ActionContext) -> None:
     path = files.resolve(context.paths, context.paths.hostname)
-    old = _read(path).strip()
+    old = files.read_text(path).strip()
     command, template = context.get(settings.HOSTNAME_COMMAND), context.get(settings.HOSTNAME_TEMPLATE)
     if command:
         if context.would(f"set the host name to what {command[0]} prints (now {old or 'none'})"):
@@ -42,7 +41,7 @@ def after_fork(context: ActionContext) -> None:
     if not context.paths.is_fake:
         _set_kernel_name(new)
     _follow_in_hosts(context, old, new)
-    if _read(path).strip() != new:
+    if files.read_text(path).strip() != new:
         raise ActionError(f"{path}: holds something else than was written")
     context.say(f"set the host name to {new} (was {old or 'none'})")
     for place in _places_with(context, old):
@@ -84,7 +83,7 @@ def _set_kernel_name(new: str) -> None:
 
 def _follow_in_hosts(context: ActionContext, old: str, new: str) -> None:
     path = files.resolve(context.paths, context.paths.hosts)
-    text = _read(path)
+    text = files.read_text(path)
     changed = renamed_hosts(text, old, new)
     if old and changed != text:
         files.replace_file(path, changed.encode("utf-8", "surrogateescape"), mode=0o644)
@@ -117,18 +116,8 @@ def _renamed_line(line: str, old: str, new: str) -> str:
 
 
 def _places_with(context: ActionContext, old: str) -> Iterator[str]:
-    if old and old in _read(context.paths.mailname).split():
+    if old and old in files.read_text(context.paths.mailname).split():
         yield context.paths.mailname
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read(_MAX_FILE)
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise ActionError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 ACTION = Action(

@@ -23,7 +23,6 @@ from vmfork.errors import ActionError, ActionSkipped
 _KEY_LINE = re.compile(r"^([ \t]*PrivateKey[ \t]*=[ \t]*)[^\s#;]*", re.MULTILINE | re.IGNORECASE)
 _KEY_FILE_LINE = re.compile(r"^[ \t]*PrivateKeyFile[ \t]*=[ \t]*(/\S+)", re.MULTILINE)
 _NAME_LINE = re.compile(r"^[ \t]*Name[ \t]*=[ \t]*(\S+)", re.MULTILINE)
-_MAX_FILE = 1 << 20
 
 
 def after_fork(context: ActionContext) -> None:
@@ -61,10 +60,10 @@ def key_files(context: ActionContext, name: str) -> tuple[str, ...]:
     """The files that give this interface its private key at the next start."""
     found = []
     quick = os.path.join(context.paths.wireguard_etc, f"{name}.conf")
-    if _KEY_LINE.search(_read(quick)):
+    if _KEY_LINE.search(files.read_text(quick)):
         found.append(quick)
     for path in sorted(glob.glob(os.path.join(glob.escape(context.paths.networkd_etc), "*.netdev"))):
-        text = _read(path)
+        text = files.read_text(path)
         if name in _NAME_LINE.findall(text):
             found += [path] if _KEY_LINE.search(text) else []
             found += [context.paths.at(file) for file in _KEY_FILE_LINE.findall(text)]
@@ -89,7 +88,9 @@ def _renew(context: ActionContext, link: Link) -> None:
     # The files first: a kill in between leaves the old key in service, and a repeat replaces both.
     for path in places:
         target = files.resolve(context.paths, path)
-        files.replace_file(target, with_key(_read(target), key).encode("utf-8", "surrogateescape"), mode=0o600)
+        files.replace_file(
+            target, with_key(files.read_text(target), key).encode("utf-8", "surrogateescape"), mode=0o600
+        )
     if _is_kernels(link):
         netlink.set_wireguard_key(link.name, key)
     else:
@@ -120,16 +121,6 @@ def _public_key(context: ActionContext, link: Link) -> str:
     context.run.need("wg", package="wireguard-tools")
     key = context.run.check("wg", "show", link.name, "public-key").text.strip()
     return "" if key == "(none)" else key
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read(_MAX_FILE)
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise ActionError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 ACTION = Action(
