@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clones of a running guest on one virtual switch with one DHCP server, under systemd-networkd.
+
+The guest is booted once and saved twice while it runs: as an ordinary member of its network, and as a template that
+`vmforkctl prepare --template` declared. QEMU restores a network card with the MAC address that the guest had, as other
+hypervisors do for a guest that is running, so the template's configuration names the interface for 35-mac-address.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from lab import view
+from lab.clones import ARTIFACTS, Clones, ready
+from lab.deadline import until
+from lab.guest import Guest, Saved
+from lab.guests import Guests
+from lab.switch import MAC, SERVER, Switch, switch
+
+from support.tools import need, unavailable
+
+pytest_plugins = ("lab.plugin",)
+pytestmark = pytest.mark.vm
+
+Measure = Callable[[Guest, view.Event], view.Event]
+
+_NETWORK = """[Match]
+Name=eth0
+
+[Network]
+DHCP=ipv4
+"""
+# Three emulated guests on two processors make RSA keys for longer than a hook usually has.
+_CONFIGURATION = """[React]
+TimeoutSec=300
+
+[Hook 35-mac-address]
+Interfaces=eth0
+
+[Hook 40-leases]
+WaitSec=60
+"""
+# Keeps a reaction at its beginning until the test lets it go.
+_HOLD = "/run/vmfork-lab.hold"
+_HOLD_HOOK = f"""#!/bin/sh
+[ "$1" = after-fork ] || exit 0
+while [ -e {_HOLD} ]; do sleep 0.2; done
+"""
+_IDENTITY_HOOKS = ("20-machine-id", "25-ssh-host-keys", "35-mac-address")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Who a guest is to its network, by its own view."""
+
+    machine_id: str
+    host_key: str
+    mac: str
+    address: str
+    link_local: str
+    client_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """One guest, saved while it ran, and who it was then. The original keeps its lease at the server."""
+
+    member: Saved
+    template: Saved
+    was: Machine
+
+
+@pytest.fixture(scope="module")
+def lan(lab: Path) -> Iterator[Switch]:
+    """The switch and its DHCP server."""
+    need("dnsmasq", package="dnsmasq-base")
+    need("ip", package="iproute2")
+    need("ssh-keyscan", package="openssh-client")
+    if not os.path.exists("/dev/net/tun"):
+        unavailable("there is no /dev/net/tun: modprobe tun")
+    with switch(lab / "lan") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def moments(guests: Guests, lab: Path, lan: Switch) -> Moments:
+    """The guest, booted once."""
+    spec = lan.connected(guests.trixie())
+    guest = ready(Guest(spec, "lan-guest", lab, guid=uuid.uuid4(), smbios_uuid=uuid.uuid4()), probe=False)
+    try:
+        view.put(guest, "/etc/systemd/network/20-lan.network", _NETWORK)
+        view.put(guest, "/etc/vmfork/vmfork.conf.d/50-lab.conf", _CONFIGURATION)
+        view.put(guest, "/etc/vmfork/hooks.d/02-lab-hold", _HOLD_HOOK, mode="0755")
+        guest.check("vmforkctl", "reload")
+        guest.check("systemctl", "enable", "--now", "systemd-networkd.service")
+        guest.until("grep", "-q", "^CLIENTID=ff", "/run/systemd/netif/leases/2", what="a lease")
+        guest.until("sh", "-c", "ip -6 -o addr show dev eth0 scope link | grep -qv tentative", what="IPv6 is settled")
+        was = machine(guest)
+        member = guest.save(go_on=True)
+        guest.check("vmforkctl", "prepare", "--template")
+        guest.check("touch", _HOLD)
+        template = guest.save()
+    except BaseException:
+        guest.report(ARTIFACTS / "boot-lan-guest")
+        guest.kill()
+        raise
+    return Moments(member=named(member, "renewing a lease"), template=template, was=was)
+
+
+def named(saved: Saved, what: str) -> Saved:
+    """The same saved guest, under a name of its own in the table of latencies."""
+    return replace(saved, spec=replace(saved.spec, name=f"{saved.spec.name}, {what}"))
+
+
+def machine(guest: Guest) -> Machine:
+    """Ask a guest who it is; it has exactly one address of each kind."""
+    show = "ip -o addr show dev eth0"
+    (address,) = (line.split()[3] for line in guest.check("sh", "-c", f"{show} | grep -w inet").splitlines())
+    (link_local,) = (line.split()[3] for line in guest.check("sh", "-c", f"{show} | grep -w inet6").splitlines())
+    lease = guest.check("cat", "/run/systemd/netif/leases/2").splitlines()
+    return Machine(
+        machine_id=guest.check("cat", "/etc/machine-id").strip(),
+        host_key=guest.check("cut", "-d ", "-f1,2", "/etc/ssh/ssh_host_ed25519_key.pub").strip(),
+        mac=guest.check("cat", "/sys/class/net/eth0/address").strip(),
+        address=address.partition("/")[0],
+        link_local=link_local.partition("/")[0],
+        client_id=next(line.partition("=")[2] for line in lease if line.startswith("CLIENTID=")),
+    )
+
+
+def presented(scan: str) -> set[str]:
+    """The host keys in the output of ssh-keyscan."""
+    return {" ".join(line.split()[1:3]) for line in scan.splitlines() if not line.startswith("#")}
+
+
+def key_seen_from_outside(lan: Switch, address: str) -> str:
+    """The host key that a neighbour is shown at an address."""
+
+    def scan() -> str:
+        return lan.run("ssh-keyscan", "-T", "20", "-t", "ed25519", address, seconds=60).stdout
+
+    (key,) = presented(until(lambda: scan().strip(), seconds=120, what=f"an sshd answers at {address}"))
+    return key
+
+
+def test_three_clones_of_a_template_collide_and_end_as_three_machines(
+    moments: Moments, lan: Switch, clones: Clones
+) -> None:
+    trio = [clones.restore(moments.template, f"clone-{number}", guid=uuid.uuid4()) for number in (1, 2, 3)]
+    for clone in trio:
+        view.wait_generation(clone, 2, seconds=120)
+
+    # Each has noticed, none has reacted yet: three times the same machine, and the network sees them all at once.
+    assert {machine(clone) for clone in trio} == {moments.was}
+    lan.forget()
+    assert len(lan.claimants(moments.was.address, at_least=3)) == 3
+    assert len(lan.seen().macs[MAC]) == 3
+
+    for clone in trio:
+        clone.check("rm", _HOLD)
+    for clone in trio:
+        event = view.wait_event(clone, after=1, timeout=400)
+        assert not view.failed_hooks(event)
+        assert (event["state"], event["identity"]["policy"]) == ("settled", "rotate")
+        results = {one["name"]: one["result"] for one in event["hooks"]}
+        assert {results[name] for name in (*_IDENTITY_HOOKS, "40-leases", "45-neighbours")} == {"ok"}
+
+    now = [machine(clone) for clone in trio]
+    for what in ("machine_id", "host_key", "mac", "address", "link_local", "client_id"):
+        values = {getattr(one, what) for one in (*now, moments.was)}
+        assert len(values) == 4, f"{what} is shared: {values}"
+
+    lan.forget()
+    ports = [lan.claimants(one.address, at_least=1) for one in now]
+    assert sorted(port for claimed in ports for port in claimed) == sorted({port for (port,) in ports})
+    assert {one.mac: lan.seen().macs[one.mac] for one in now} == {
+        one.mac: claimed for one, claimed in zip(now, ports, strict=True)
+    }
+    assert MAC not in lan.seen().macs
+    assert [key_seen_from_outside(lan, one.address) for one in now] == [one.host_key for one in now]
+    for clone, own in zip(trio, now, strict=True):
+        for other in now:
+            if other is not own:
+                reach(clone, other)
+
+
+def reach(guest: Guest, other: Machine) -> None:
+    """The guest pings the other machine by both its addresses, and is shown its host key over TCP."""
+    guest.until("busybox", "ping", "-c", "1", "-W", "10", other.address)
+    guest.until("busybox", "ping", "-6", "-c", "1", "-W", "10", f"{other.link_local}%eth0")
+    scan = guest.until("sh", "-c", 'ssh-keyscan -T 20 -t ed25519 "$1" | grep .', "scan", other.address)
+    assert presented(scan.stdout) == {other.host_key}
+
+
+def test_a_rollback_keeps_its_identity_and_renews_its_lease(
+    moments: Moments, lan: Switch, clones: Clones, measured: Measure
+) -> None:
+    logged = len(lan.logged())
+    guest = clones.restore(moments.member, "rolled-back", guid=uuid.uuid4())
+    event = measured(guest, view.wait_event(guest, after=1))
+    assert (event["state"], event["identity"]["policy"]) == ("settled", "keep")
+    results = {one["name"]: one["result"] for one in event["hooks"]}
+    assert {results[name] for name in _IDENTITY_HOOKS} == {"skipped"}
+    assert {results[name] for name in ("40-leases", "45-neighbours")} == {"ok"}
+    assert machine(guest) == moments.was
+    words = lan.logged()[logged:]
+    assert f"DHCPACK(lan) {moments.was.address} {MAC}" in words
+    assert "DHCPDISCOVER" not in words
+    assert "DHCPRELEASE" not in words
+    guest.check("busybox", "ping", "-c", "3", "-W", "10", SERVER)
