@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vmfork as a set of systemd units, in a Debian 13 guest: sandbox, restarts, journal, target, the default reaction."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from lab import view
+from lab.clones import Clones
+from lab.guest import Guest, Saved
+
+pytest_plugins = ("lab.plugin",)
+pytestmark = pytest.mark.vm
+
+Measure = Callable[[Guest, view.Event], view.Event]
+
+# What the default reaction of a guest without a network has to say, hook by hook.
+_KEEPS = "skipped: this guest keeps its identity"
+_DEFAULT_REACTION = {
+    "10-rng": ("ok", r"verified: the kernel's counter of keys went from \d+ to \d+"),
+    "15-clock": ("ok", r"stepped the clock by .*; verified: |nothing to step: "),
+    "20-machine-id": ("skipped", _KEEPS),
+    "25-ssh-host-keys": ("skipped", _KEEPS),
+    "30-hostname": ("skipped", _KEEPS),
+    "35-mac-address": ("skipped", _KEEPS),
+    "40-leases": ("skipped", "skipped: no interface has its address from a DHCP client"),
+    "45-neighbours": ("skipped", "skipped: no interface with neighbours is up and has an address"),
+    "50-connections": ("skipped", "skipped: not configured"),
+    "55-wireguard": ("skipped", _KEEPS),
+    "60-session-keys": ("skipped", "skipped: none of these runs: nginx, "),
+    "70-services": ("skipped", "skipped: no units are configured"),
+}
+
+# The journal's message IDs are a contract: what an administrator's filters and alerts are made of.
+_FORK_NOTICED = "fe1e74ea5c15472da8bb5dbec434f395"
+_REACTION_SETTLED = "731f5d7a191e4b5099c6533ff2ae70c7"
+_HOOK_OUTPUT = "5e4fad4cebd740fdb142f49494c456a5"
+
+_WANTED_UNIT = """[Unit]
+Description=Something that an administrator wants after each fork
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'echo forked >>/run/lab-forked'
+
+[Install]
+WantedBy=vmfork.target
+"""
+
+_CONFINEMENT = "grep -E '^(CapBnd|NoNewPrivs|Seccomp):' /proc/$1/status; readlink /proc/$1/ns/mnt; cat /proc/$1/cgroup"
+_CONFINEMENT_HOOK = f"""#!/bin/sh
+set -- $$
+({_CONFINEMENT}) >/run/lab-confinement
+touch /usr/lab-was-here
+"""
+
+# Follows the page's field `detection` from before the daemon is killed until somebody watches again.
+_KILL = """
+import json, mmap, os, signal, struct, sys, time
+page = mmap.mmap(os.open("/run/vmfork/generation", os.O_RDONLY), 4096, prot=mmap.PROT_READ)
+read = lambda: struct.unpack_from("<I", page, 56)[0]
+seen = [(0.0, read())]
+os.kill(int(sys.argv[1]), signal.SIGKILL)
+start = time.monotonic()
+while time.monotonic() - start < 100 and (len(seen) < 3 or not seen[-1][1]):
+    if read() != seen[-1][1]:
+        seen.append((time.monotonic() - start, read()))
+    time.sleep(0.002)
+print(json.dumps(seen))
+"""
+
+
+def entries(guest: Guest) -> list[dict[str, str]]:
+    """The whole journal of this boot."""
+    lines = guest.check("journalctl", "--boot", "--no-pager", "--output=json", "--all", timeout=120).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def having(journal: list[dict[str, str]], **fields: str) -> list[dict[str, str]]:
+    """The entries that have these fields."""
+    return [entry for entry in journal if entry.items() >= fields.items()]
+
+
+def one_of(journal: list[dict[str, str]], **fields: str) -> dict[str, str]:
+    """The only entry that has these fields."""
+    (entry,) = having(journal, **fields)
+    return entry
+
+
+def main_process(guest: Guest, unit: str) -> str:
+    """The process ID of a service."""
+    return guest.check("systemctl", "show", "--property=MainPID", "--value", unit).strip()
+
+
+def test_the_default_reaction_with_nothing_to_renew(trixie: Saved, clones: Clones, measured: Measure) -> None:
+    named = replace(trixie, spec=replace(trixie.spec, name=f"{trixie.spec.name}, nothing to renew"))
+    clone = clones.restore(named, "default", guid=uuid.uuid4())
+    event = measured(clone, view.wait_event(clone, after=1))
+    assert (event["state"], event["identity"]["policy"]) == ("settled", "keep")
+    shipped = [one for one in event["hooks"] if "lab" not in one["name"]]
+    assert [(one["name"], one["result"]) for one in shipped] == [
+        (name, result) for name, (result, _) in _DEFAULT_REACTION.items()
+    ]
+    journal = entries(clone)
+    noticed, settled = (one_of(journal, MESSAGE_ID=message) for message in (_FORK_NOTICED, _REACTION_SETTLED))
+    assert noticed["_SYSTEMD_UNIT"] == "vmforkd.service"
+    assert (noticed["VMFORK_GENERATION"], settled["VMFORK_GENERATION"]) == ("2", "2")
+    for name, (_, reason) in _DEFAULT_REACTION.items():
+        said = having(journal, MESSAGE_ID=_HOOK_OUTPUT, VMFORK_HOOK=name, VMFORK_GENERATION="2")
+        messages = [one["MESSAGE"] for one in said]
+        assert any(re.match(f"{name}: (?:{reason})", message) for message in messages), messages
+        assert {one["_SYSTEMD_UNIT"] for one in said} == {"vmfork-react.service"}
+    for secret in (event["generation_id"], event["previous_generation_id"]):
+        assert secret not in json.dumps(journal)
+
+
+def test_the_sandboxed_daemon_reads_what_it_must_and_the_hooks_are_free(trixie: Saved, clones: Clones) -> None:
+    guest = clones.restore(trixie, "sandbox", guid=trixie.guid)
+    assert guest.run("vmforkctl", "doctor").exit_code == 0
+    assert view.status(guest)["detection"] == "event"
+    for name, role in (("kmsg", "edge"), ("fwcfg", "truth"), ("smbios", "truth")):
+        found = view.source(guest, name, role)
+        assert found["live"], found
+    view.put(guest, "/etc/vmfork/hooks.d/50-lab-confinement", _CONFINEMENT_HOOK, mode="0755")
+    guest.check("vmforkctl", "trigger")
+    assert not view.failed_hooks(view.wait_event(guest, after=1))
+    hook = guest.check("cat", "/run/lab-confinement")
+    free = guest.check("sh", "-c", _CONFINEMENT, "confinement", "1")
+    assert hook.splitlines()[:4] == free.splitlines()[:4]
+    assert "vmfork-react.service" in hook
+    guest.check("test", "-e", "/usr/lab-was-here")
+    daemon = guest.check("sh", "-c", _CONFINEMENT, "confinement", main_process(guest, "vmforkd.service")).split()
+    assert daemon[:6] == ["CapBnd:", "0000000400220000", "NoNewPrivs:", "1", "Seccomp:", "2"]
+    assert daemon[6] not in hook
+
+
+def test_a_killed_daemon_leaves_a_page_that_says_so_and_comes_back(trixie: Saved, clones: Clones) -> None:
+    guest = clones.restore(trixie, "killed", guid=trixie.guid)
+    before = main_process(guest, "vmforkd.service")
+    seen = guest.json("python3", "-c", _KILL, before, timeout=120)
+    assert [detection for _, detection in seen] == [2, 0, 2], seen
+    view.wait_watching(guest)
+    assert main_process(guest, "vmforkd.service") not in ("0", before)
+    assert view.status(guest)["generation"] == 1
+    assert [one["kind"] for one in view.fence(guest)] == ["manual"]
+
+
+def test_every_fork_starts_what_is_wanted_by_the_target(trixie: Saved, clones: Clones) -> None:
+    guest = clones.restore(trixie, "target", guid=trixie.guid)
+    view.put(guest, "/etc/systemd/system/lab-wanted.service", _WANTED_UNIT)
+    guest.check("systemctl", "enable", "lab-wanted.service")
+    for forks in (1, 2, 3):
+        guest.check("vmforkctl", "trigger")
+        view.wait_event(guest, after=forks)
+        guest.until("sh", "-c", f"test $(wc -l </run/lab-forked) -eq {forks}", what=f"the unit ran {forks} times")
+        guest.until(
+            "sh", "-c", "! systemctl is-active vmfork.target lab-wanted.service", what="the target is free again"
+        )
+    states = guest.check("systemctl", "list-units", "--failed", "--plain", "--no-legend")
+    assert "vmfork" not in states
+    assert guest.check("cat", "/run/lab-forked").split() == ["forked"] * 3
