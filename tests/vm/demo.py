@@ -70,7 +70,7 @@ class Demo:
         try:
             scene.play(stage, scene.spec(self._guests), scene.expected, findings)
         except _FAILURES as error:
-            findings.problems.append(f"{scene.name}: {error or type(error).__name__}")
+            findings.problems.append(f"{scene.name}: not finished: {error or type(error).__name__}")
         # Whoever still runs was in the middle of something.
         stage.close(report=bool(findings.problems))
         findings.problems += [f"{scene.name}: a guest's serial log: {log}" for log in stage.serial_logs]

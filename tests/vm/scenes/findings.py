@@ -31,14 +31,17 @@ class Row:
 
 @dataclass(slots=True, kw_only=True)
 class Findings:
-    """Filled while a scene is played; `problems` is empty when everything was as it should be."""
+    """Filled while a scene is played; `problems` is empty when everything was as it should be.
+
+    `control_is_quiet` is None as long as nobody has looked.
+    """
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     clones: int = 0
     noticed: int = 0
-    control_is_quiet: bool = False
+    control_is_quiet: bool | None = None
 
     def expect(self, fact: bool, otherwise: str) -> bool:
         """Note a problem unless this is a fact; returns the fact."""
@@ -49,8 +52,8 @@ class Findings:
     @property
     def verdict(self) -> str:
         """In half a line."""
-        control = "control: no fork" if self.control_is_quiet else "control: NOT QUIET"
-        noticed = f"{self.noticed} of {self.clones} clones noticed, {control}"
+        control = {True: "no fork", False: "A FORK", None: "not reached"}[self.control_is_quiet]
+        noticed = f"{self.noticed} of {self.clones} clones noticed, control: {control}"
         return f"{noticed}; {len(self.problems)} wrong" if self.problems else noticed
 
 

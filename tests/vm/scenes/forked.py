@@ -72,7 +72,10 @@ def fork(stage: Stage, moment: Moment, expected: Expected, findings: Findings) -
 def _clone(stage: Stage, moment: Moment, name: str, expected: Expected, findings: Findings) -> dict[str, object]:
     clone = stage.restore(moment.saved, name, uuid.uuid4())
     findings.clones += 1
-    event = view.wait_event(clone, after=1)
+    try:
+        event = view.wait_event(clone, after=1)
+    except LabError as error:
+        raise LabError(f"{clone.name} noticed no fork: {error}") from error
     drawn = view.drawn(clone, 1)
     if "urandom" not in drawn:
         raise LabError(f"{clone.name}: the process from before the save was not told of the fork")
@@ -122,7 +125,6 @@ def _control(stage: Stage, moment: Moment, expected: Expected, findings: Finding
     drawn = view.drawn(control, "now")
     if expected.notified:
         control.until(*expected.notified, what="the interrupts of its devices")
-        findings.notes.append("Its devices interrupted the control as well, with the ID it had: no fork.")
     *before, fence = view.fence(control)
     forks = _forks(before)
     log.info("%s: %s", control.name, "a fork" if forks else "no fork")
@@ -136,6 +138,8 @@ def _control(stage: Stage, moment: Moment, expected: Expected, findings: Finding
         )
     )
     findings.control_is_quiet = findings.expect(not before, f"{control.name}: noticed a fork that was none")
+    if findings.control_is_quiet and expected.notified:
+        findings.notes.append("Its devices interrupted the control as well, with the ID it had: no fork.")
     stage.end(control, report=not findings.control_is_quiet)
     return drawn
 

@@ -9,12 +9,12 @@ import uuid
 from pathlib import Path
 
 from lab import view
-from lab.clones import ARTIFACTS, ready
+from lab.clones import ready
 from lab.guest import Guest, Saved, Spec
 
 log = logging.getLogger(__name__)
 
-REPORTS = ARTIFACTS / "demo"
+REPORTS = Path(__file__).resolve().parents[3] / "artifacts" / "demo"
 # An emulated guest on a busy host is slow; that alone is no failure of a hook.
 _PATIENCE = "[React]\nTimeoutSec=180\n"
 

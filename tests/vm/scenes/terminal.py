@@ -50,4 +50,12 @@ class Terminal(logging.Handler):
 def wrapped(text: str, *, lead: str = "", indent: int = 0) -> list[str]:
     """A paragraph that starts with `lead` and keeps to its right."""
     margin = " " * (indent + len(lead))
-    return textwrap.wrap(text, WIDTH - 1, initial_indent=" " * indent + lead, subsequent_indent=margin)
+    return textwrap.wrap(
+        text,
+        WIDTH - 1,
+        initial_indent=" " * indent + lead,
+        subsequent_indent=margin,
+        # A path is for copying.
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
