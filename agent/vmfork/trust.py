@@ -110,9 +110,14 @@ class Inspector:
         if parts not in self._directories:
             # Only the root itself is opened here: every other directory was walked through and kept.
             descriptor = os.open(self._root or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if not self._root:
+                    self._check_access("/", os.fstat(descriptor))
+            except Untrusted:
+                # Not kept: what is kept counts as trusted, and the next path must fail here as well.
+                os.close(descriptor)
+                raise
             self._directories[parts] = descriptor
-            if not self._root:
-                self._check_access("/", os.fstat(descriptor))
         return self._directories[parts]
 
     def _check_access(self, shown: str, status: os.stat_result) -> None:

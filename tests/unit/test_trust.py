@@ -127,3 +127,22 @@ def test_no_descriptor_is_left(root: Path) -> None:
         inspector.check_program(f"{root}/etc/hooks.d/10-x")
         inspector.check_program(f"{root}/etc/hooks.d/10-x")
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_root_directory_that_others_may_write_is_refused_again_and_again(tmp_path: Path) -> None:
+    """Linux 7.3 makes the root of an initramfs with mode 1777."""
+    need_root()
+    (tmp_path / "hook").write_text("x")
+    tmp_path.chmod(0o1777)
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        os.chroot(tmp_path)
+        with Inspector() as inspector:
+            for _ in range(2):
+                try:
+                    inspector.check("/hook")
+                except Untrusted:
+                    refused += 1
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
