@@ -88,6 +88,14 @@ def test_debian_12s_cloud_kernel_is_known_to_have_no_driver(guest: FakeGuest) ->
     assert "Debian 12's cloud kernel" in advice(guest)
 
 
+def test_without_the_kernels_configuration_its_list_of_built_in_drivers_tells_the_same(guest: FakeGuest) -> None:
+    kernel(guest, CLOUD_KERNEL)
+    offer_acpi_device(guest)
+    no_driver(guest)
+    guest.put(f"{guest.paths.kernel_modules}/{CLOUD_KERNEL}/modules.builtin", b"kernel/drivers/char/tpm/tpm.ko\n")
+    assert "Debian 12's cloud kernel" in advice(guest)
+
+
 def test_devicetree_before_linux_6_10_is_explained(guest: FakeGuest) -> None:
     kernel(guest, "6.1.0-42-arm64")
     offer_devicetree_device(guest)

@@ -56,7 +56,8 @@ def look(paths: Paths) -> Guest:
             os.path.exists(f"{paths.kernel_modules}/{release}/kernel/drivers/virt/vmgenid.ko{suffix}")
             for suffix in _SUFFIXES
         ),
-        configured=_option(f"{paths.kernel_configs}/config-{release}", "CONFIG_VMGENID"),
+        configured=_option(f"{paths.kernel_configs}/config-{release}", "CONFIG_VMGENID")
+        or _built_in(f"{paths.kernel_modules}/{release}/modules.builtin"),
         log_is_restricted=_line(paths.dmesg_restrict) == "1",
     )
 
@@ -88,6 +89,15 @@ def _option(path: str, name: str) -> str | None:
         return None
     match = re.search(rf"^{name}=([ym])$", text, re.MULTILINE)
     return match[1] if match else "n"
+
+
+def _built_in(path: str) -> str | None:
+    """y or n by the list of what the kernel has built in; None where the list is not installed."""
+    try:
+        text = atomicfile.read_bounded(path, 4 << 20).decode("ascii", "replace")
+    except (OSError, InputError):
+        return None
+    return "y" if "/virt/vmgenid.ko" in text else "n"
 
 
 def next_steps(guest: Guest, sources: Sequence[SourceStatus]) -> Iterator[str]:
