@@ -24,6 +24,7 @@ from vmfork.daemon.sources import Sources
 from vmfork.detector import GENERATION_ID, Decision, Memory, WakeUp, decide
 from vmfork.edges import NOTHING, Heard
 from vmfork.edges.interrupts import moved, read_counters
+from vmfork.edges.logclock import read_log_clock
 from vmfork.model import Detection, ForkEvent, HookResult, Identity, IdentityPolicy, Kind, SourceStatus
 from vmfork.paths import Paths
 
@@ -219,8 +220,9 @@ class Watch:
         )
         self._note(event)
         self._ledger.publish()
-        latency = _latency_us(kernel.record_us)
+        published = time.monotonic_ns()
         self._on_fork(event)
+        latency = self._latency_us(kernel.record_us, published, event.generation)
         self._ledger.complete(latency)
         self._ledger.save_progress()
         self._interrupts = read_counters(self._paths)
@@ -235,6 +237,17 @@ class Watch:
         if problem is not None:
             log.error("the kernel's random numbers may be those of this guest's siblings: %s", problem)
         return replace(event, detect_latency_us=latency)
+
+    def _latency_us(self, record_us: int | None, published_ns: int, generation: int) -> int | None:
+        """From the kernel's record to the page; None where there is no record, or no telling how old it is."""
+        if record_us is None:
+            return None
+        reading = read_log_clock(self._paths, f"vmforkd: fork noticed, generation {generation}")
+        if reading is None:
+            return None
+        now_ns, log_us = reading
+        elapsed = log_us - record_us - (now_ns - published_ns) // 1000
+        return elapsed if elapsed >= 0 else None
 
     def _note(self, event: ForkEvent | None = None) -> None:
         memory = self._memory
@@ -269,11 +282,3 @@ class Watch:
         return self.sources.statuses(
             timer_runs=self._timer is not None, interval=self._config.get(settings.POLL_INTERVAL_SEC)
         )
-
-
-def _latency_us(record_us: int | None) -> int | None:
-    """From the kernel's record to now; None where its log clock is ahead of CLOCK_MONOTONIC, as it may be a little."""
-    if record_us is None:
-        return None
-    elapsed = time.monotonic_ns() // 1000 - record_us
-    return elapsed if elapsed >= 0 else None
