@@ -35,10 +35,14 @@ def program(tmp_path: Path) -> Path:
 def running(*argv: str, **more: int) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(argv, **more) as child:  # type: ignore[call-overload]
         try:
-            assert processes.wait_until(lambda: Path(f"/proc/{child.pid}/comm").read_text() != "pytest\n", timeout=5)
+            assert processes.wait_until(lambda: _has_executed(child.pid), timeout=20)
             yield child
         finally:
             child.kill()
+
+
+def _has_executed(pid: int) -> bool:
+    return os.readlink(f"/proc/{pid}/exe") != os.readlink("/proc/self/exe")
 
 
 def pids(program: Path) -> list[int]:
