@@ -39,6 +39,7 @@ def off(guests: Guests, lab: Path, trixie: Saved) -> Off:
     machine_id = guest.check("cat", "/etc/machine-id")
     host_keys = guest.check("sh", "-c", _FINGERPRINTS)
     assert view.status(guest)["generation"] == 1
+    guest.check("systemctl", "enable", "systemd-networkd")
     disk = guest.power_off()
     return Off(disk=disk, guid=trixie.guid, smbios_uuid=trixie.smbios_uuid, machine_id=machine_id, host_keys=host_keys)
 
@@ -53,7 +54,9 @@ def boot(spec_of: Saved, off: Off, clones: Clones, lab: Path, name: str, guid: u
 def began(guest: Guest, unit: str) -> int:
     """When the start of a unit began, in microseconds since boot."""
     property_ = "InactiveExitTimestampMonotonic"
-    return int(guest.check("systemctl", "show", f"--property={property_}", "--value", unit))
+    microseconds = int(guest.check("systemctl", "show", f"--property={property_}", "--value", unit))
+    assert microseconds, f"{unit} was not started"
+    return microseconds
 
 
 def assert_noticed_early(guest: Guest, event: view.Event) -> None:
@@ -62,7 +65,7 @@ def assert_noticed_early(guest: Guest, event: view.Event) -> None:
     assert (event["kind"], event["generation"], event["state"]) == ("cold", 2, "settled"), event
     assert event["generation_id"] == guest.generation_id.hex()
     assert not view.failed_hooks(event)
-    for unit in ("network.target", "ssh.service"):
+    for unit in ("systemd-networkd.service", "ssh.service"):
         assert event["boottime_ns"] / 1000 < began(guest, unit), unit
     assert [one["kind"] for one in view.fence(guest)] == ["cold", "manual"]
 

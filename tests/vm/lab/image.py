@@ -191,6 +191,7 @@ def _add_kernel_modules(root: Path, kernel: Kernel) -> None:
     target = root / "usr/lib/modules" / kernel.release
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(kernel.modules, target)
+    shutil.copy(kernel.config, root / "boot" / f"config-{kernel.release}")
     _chroot(root, "depmod", kernel.release)
 
 

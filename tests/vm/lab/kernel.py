@@ -20,9 +20,10 @@ from lab.host import LabError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """An unpacked kernel: `image` to boot, `modules` as they lie in /usr/lib/modules/`release`."""
+    """An unpacked kernel: `image` to boot, `modules` as in /usr/lib/modules/`release`, `config` as in /boot."""
 
     image: Path
+    config: Path
     modules: Path
     release: str
     key: str
@@ -37,10 +38,10 @@ def cloud_kernel(suite: str, architecture: str, *, backports: bool = False) -> K
         include=(f"linux-image-cloud-{architecture}",),
         backports=backports,
     )
-    key = cache.key_of(packages.key, "image and modules")
+    key = cache.key_of(packages.key, "image, configuration and modules")
     found = cache.artefact(packages.name, key, lambda partial: _pick(packages, partial), estimate="about 20 s")
     release = (found / "release").read_text().strip()
-    return Kernel(image=found / "vmlinuz", modules=found / "modules", release=release, key=key)
+    return Kernel(image=found / "vmlinuz", config=found / "config", modules=found / "modules", release=release, key=key)
 
 
 def _pick(packages: archive.Packages, partial: Path) -> None:
@@ -52,12 +53,13 @@ def _pick(packages: archive.Packages, partial: Path) -> None:
     if len(found) != 1:
         raise LabError(f"{packages.name}: expected one kernel, found {[path.name for path in found]}")
     release = found[0].name
-    # Since Linux 6.18 Debian keeps the image beside the modules; before that it was in /boot.
-    images = [found[0] / "vmlinuz", root / "boot" / f"vmlinuz-{release}"]
-    image = next((path for path in images if path.is_file()), None)
-    if image is None:
-        raise LabError(f"{packages.name}: no image for {release}")
-    shutil.move(image, partial / "vmlinuz")
+    # Since Linux 6.18 Debian ships these two beside the modules; before that in /boot, where they are still looked for.
+    for name in ("vmlinuz", "config"):
+        places = [found[0] / name, root / "boot" / f"{name}-{release}"]
+        place = next((path for path in places if path.is_file()), None)
+        if place is None:
+            raise LabError(f"{packages.name}: no {name} for {release}")
+        shutil.move(place, partial / name)
     modules = partial / "modules"
     modules.mkdir()
     for name in ("kernel", "modules.order", "modules.builtin", "modules.builtin.modinfo"):
