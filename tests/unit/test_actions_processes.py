@@ -42,7 +42,10 @@ def running(*argv: str, **more: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _has_executed(pid: int) -> bool:
-    return os.readlink(f"/proc/{pid}/exe") != os.readlink("/proc/self/exe")
+    # Popen returns while execve is still being carried out: the arguments come last.
+    return os.readlink(f"/proc/{pid}/exe") != os.readlink("/proc/self/exe") and bool(
+        Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
 
 
 def pids(program: Path) -> list[int]:

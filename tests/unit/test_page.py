@@ -287,9 +287,13 @@ def test_a_copy_is_never_torn_while_another_process_writes(path: str) -> None:
             assert writer.stdout.readline() == b"ready\n"
             seen = set()
             end = time.monotonic() + 30
-            # Long enough to see many, and as long as it takes on a busy machine.
-            while len(seen) <= 200 and time.monotonic() < end:
-                copy = read_page(path)
+            # As long as it takes on a busy machine; a writer that never pauses may also keep a reader out for a while.
+            while len(seen) <= 10 and time.monotonic() < end:
+                try:
+                    copy = read_page(path)
+                except InputError as error:
+                    assert "never finished" in error.problem  # noqa: PT017
+                    continue
                 if copy.generation > 1:
                     assert copy.token == copy.generation.to_bytes(8, "little") * 2
                     assert copy.detected_at_ns == copy.boottime_ns == copy.generation
