@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab's own parts that need no virtual machine: the channel's frames, the cache, the workspace."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import cache
+from lab.channel import Channel, CommandFailed
+from lab.host import LabError
+from lab.workspace import workspace
+
+_SERVE = "import sys; from lab.guest_channel import Server; Server(int(sys.argv[1])).serve()"
+_VM_TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def port() -> Iterator[socket.socket]:
+    """The host's end of a port that the guest's program serves."""
+    host, guest = socket.socketpair()
+    command = [sys.executable, "-c", _SERVE, str(guest.fileno())]
+    with host, guest, subprocess.Popen(command, cwd=_VM_TESTS, pass_fds=[guest.fileno()]) as process:
+        yield host
+        process.kill()
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path))
+    return cache.directory()
+
+
+def test_a_command_is_answered_with_its_code_and_both_outputs(port: socket.socket) -> None:
+    completed = Channel(port).run("sh", "-c", "cat; echo err >&2; exit 3", stdin="out\n")
+    assert (completed.exit_code, completed.stdout, completed.stderr) == (3, "out\n", "err\n")
+
+
+def test_a_command_that_is_no_program_fails(port: socket.socket) -> None:
+    with pytest.raises(CommandFailed, match="no-such-program: No such file"):
+        Channel(port).check("no-such-program")
+
+
+def test_a_command_is_killed_with_its_children_at_its_timeout(port: socket.socket) -> None:
+    completed = Channel(port).run("sh", "-c", "echo begun; sleep 60 & wait", timeout=0.5)
+    assert (completed.exit_code, completed.stdout) == (None, "begun\n")
+
+
+def test_a_long_command_does_not_block_another(port: socket.socket) -> None:
+    channel = Channel(port)
+    long = channel.send("cat", "/dev/stdin", stdin="x" * 1_000_000)
+    assert channel.check("echo", "quick") == "quick\n"
+    assert len(channel.answer(long, seconds=30).stdout) == 1_000_000
+
+
+def test_half_a_request_of_another_host_is_discarded(port: socket.socket) -> None:
+    port.sendall(b'{"id": "of the process before", "argv": ["ec')
+    assert Channel(port).check("echo", "whole") == "whole\n"
+
+
+def test_the_answer_to_another_hosts_request_is_not_taken_for_ours(port: socket.socket) -> None:
+    before = Channel(port)
+    before.send("echo", "asked before the snapshot")
+    assert Channel(port).check("echo", "asked after it") == "asked after it\n"
+
+
+def test_a_guest_that_is_gone_is_an_error(port: socket.socket) -> None:
+    port.shutdown(socket.SHUT_RD)
+    with pytest.raises(LabError, match="QEMU ended"):
+        Channel(port).run("true")
+
+
+def test_an_artefact_is_built_once(cached: Path) -> None:
+    built = []
+
+    def build(directory: Path) -> None:
+        built.append(directory)
+        (directory / "file").touch()
+
+    first, second = (cache.artefact("thing", "0" * 16, build) for _ in range(2))
+    assert first == second == cached / f"thing-{'0' * 16}"
+    assert (first / "file").exists()
+    assert len(built) == 1
+
+
+def test_a_failed_build_leaves_nothing(cached: Path) -> None:
+    def build(directory: Path) -> None:
+        (directory / "half").touch()
+        raise LabError("the archive does not answer")
+
+    with pytest.raises(LabError, match="does not answer"):
+        cache.artefact("thing", "0" * 16, build)
+    assert [path.name for path in cached.iterdir()] == ["thing.lock"]
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(cached: Path) -> None:
+    (cached / ".partial-thing-1").mkdir()
+    cache.artefact("thing", "0" * 16, lambda directory: None)
+    assert not (cached / ".partial-thing-1").exists()
+
+
+def test_old_artefacts_of_the_same_name_go_and_others_stay(cached: Path) -> None:
+    other = cache.artefact("thing-of-another-kind", "0" * 16, lambda directory: None)
+    made = []
+    for number in range(4):
+        path = cache.artefact("thing", f"{number:016}", lambda directory: None)
+        os.utime(path, (number, number))
+        made.append(path)
+    assert [path.exists() for path in made] == [False, False, True, True]
+    assert other.exists()
+
+
+def test_a_workspace_goes_with_its_run_and_takes_those_of_killed_runs_along(cached: Path) -> None:
+    (cached / "run-killed").mkdir()
+    (cached / "run-killed.lock").touch()
+    with workspace() as mine:
+        assert not (cached / "run-killed").exists()
+        with workspace() as another_run:
+            assert another_run.exists()
+        assert mine.exists()
+    assert not mine.exists()
