@@ -285,7 +285,7 @@ def test_a_copy_is_never_torn_while_another_process_writes(path: str) -> None:
         try:
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
-            seen = set()
+            seen: set[int] = set()
             end = time.monotonic() + 30
             # As long as it takes on a busy machine; a writer that never pauses may also keep a reader out for a while.
             while len(seen) <= 10 and time.monotonic() < end:
