@@ -279,6 +279,14 @@ class Watch:
 
     def statuses(self) -> tuple[SourceStatus, ...]:
         """What every source says of itself."""
-        return self.sources.statuses(
+        found = self.sources.statuses(
             timer_runs=self._timer is not None, interval=self._config.get(settings.POLL_INTERVAL_SEC)
         )
+        # Reading vmclock for this answer also took its notification: what it would have woken us for is looked at now.
+        seen = self._memory.truths
+        if any(seen.get(name, value) != value for name, value in self.sources.read_truths().items()):
+            self._loop.after(0, lambda: self._wake(self._ready() | ({"vmclock"} & self._watched_names())))
+        return found
+
+    def _watched_names(self) -> set[str]:
+        return set(self._watched.values())
