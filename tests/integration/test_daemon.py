@@ -109,6 +109,16 @@ def test_garbage_in_the_kernels_log_changes_nothing(guest: FakeGuest) -> None:
         assert daemon.settled(2)["generation"] == 2
 
 
+def test_a_change_that_an_answer_saw_first_is_an_event(guest: FakeGuest) -> None:
+    # A read of vmclock takes its notification, so that a difference seen while answering must not wait for another edge.
+    guest.unbind_driver()
+    guest.put(guest.paths.config_etc + "/vmfork.conf", b"[Detect]\nPollIntervalSec=60\n")
+    with RunningDaemon(guest) as daemon:
+        guest.set_generation_id(fresh_id())
+        assert daemon.status()["generation"] == 1
+        assert daemon.settled(2)["kind"] == "live"
+
+
 def test_without_a_bound_driver_the_timer_notices(guest: FakeGuest) -> None:
     guest.unbind_driver()
     poll_quickly(guest)

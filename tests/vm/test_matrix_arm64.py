@@ -89,9 +89,6 @@ def test_two_edges_of_one_fork_are_one_event_and_a_disruption_is_none(
         assert view.source(guest, "vmclock", role)["live"]
 
 
-@pytest.mark.xfail(
-    reason="a second fork right after the first was missed; mended in the daemon, not yet seen in a guest"
-)
 def test_a_vmclock_alone_tells_of_forks_by_its_poll(
     guests: Guests, lab: Path, clones: Clones, measured: Measure
 ) -> None:

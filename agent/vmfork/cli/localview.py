@@ -17,6 +17,7 @@ def local_sources(paths: Paths) -> tuple[SourceStatus, ...]:
     loaded = config.load(paths)
     sources = Sources(paths, loaded, kmsg_after=None)
     try:
-        return sources.statuses(timer_runs=sources.needs_timer(), interval=loaded.get(settings.POLL_INTERVAL_SEC))
+        timer_runs = sources.needs_timer(sources.read_truths())
+        return sources.statuses(timer_runs=timer_runs, interval=loaded.get(settings.POLL_INTERVAL_SEC))
     finally:
         sources.close()

@@ -138,7 +138,7 @@ class Vmforkd:
         self.metrics.enabled = self.config.get(settings.METRICS)
 
     def _show_side_pages(self) -> None:
-        wanted = self.config.get(settings.SYSGENID) and self.watch.sources.detection() is Detection.EVENT
+        wanted = self.config.get(settings.SYSGENID) and self.watch.detection is Detection.EVENT
         self.sysgenid.offer(self.ledger.generation, wanted=wanted)
 
     # What happens.

@@ -8,6 +8,8 @@ when a fork is waiting.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vmfork import settings
 from vmfork.config import Config
 from vmfork.detector import GENERATION_ID
@@ -116,25 +118,23 @@ class Sources:
             found[VMCLOCK] = counter
         return found
 
-    def needs_timer(self) -> bool:
-        """True while a truth can be read that no live edge would report."""
-        truths = self._read_once()
+    def needs_timer(self, truths: Mapping[str, bytes]) -> bool:
+        """True where no live edge would report a change of one of these truths."""
         id_has_edge = self.kmsg.status().live or (self.uevent is not None and self.uevent.status().live)
         return (GENERATION_ID in truths and not id_has_edge) or (VMCLOCK in truths and not self.vmclock.status().live)
 
-    def detection(self) -> Detection:
-        """Who watches."""
+    def detection(self, truths: Mapping[str, bytes]) -> Detection:
+        """Who watches, where these truths can be read."""
         if any(edge.status().live for edge in self.edges()):
             return Detection.EVENT
-        return Detection.TIMER if self._read_once() else Detection.NONE
+        return Detection.TIMER if truths else Detection.NONE
 
     def hears_hotplug(self) -> bool:
         """True where a device that appears later will be noticed by itself."""
         return self.uevent is not None and self.uevent.fileno() >= 0
 
     def statuses(self, *, timer_runs: bool, interval: float) -> tuple[SourceStatus, ...]:
-        """Every source in the order of the contract, with why it is not live and what would help."""
-        self._read_once()  # so that the reasons are those of this moment
+        """Every source in the order of the contract, with why it was not live when last read and what would help."""
         timer = SourceStatus(
             name="timer",
             role=Role.EDGE,

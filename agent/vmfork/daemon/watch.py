@@ -20,7 +20,7 @@ from vmfork.daemon import freshness, identity
 from vmfork.daemon.clocks import Moment
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Deadline, Loop
-from vmfork.daemon.sources import Sources
+from vmfork.daemon.sources import VMCLOCK, Sources
 from vmfork.detector import GENERATION_ID, Decision, Memory, WakeUp, decide
 from vmfork.edges import NOTHING, Heard
 from vmfork.edges.interrupts import moved, read_counters
@@ -59,6 +59,7 @@ class Watch:
         self._poll = select.poll()
         self._watched: dict[int, str] = {}
         self._timer: Deadline | None = None
+        self.detection = Detection.NONE
         remembered, saved = ledger.remembered, ledger.saved
         truths = dict(remembered.truths)
         # Until the ID is seen in this boot, the one on disk stands in for it: a difference is a cold fork.
@@ -102,23 +103,23 @@ class Watch:
         for descriptor in self._watched:
             self._poll.register(descriptor, select.POLLIN)
             self._loop.watch(descriptor, self._on_readable)
-        self._ledger.show_detection(self.sources.detection())
-        self._set_timer()
-
-    @property
-    def _timer_is_needed(self) -> bool:
-        return self.sources.needs_timer() or self._looks_for_sources
+        truths = self._look()
+        self.detection = self.sources.detection(truths)
+        self._ledger.show_detection(self.detection)
+        self._set_timer(truths)
+        if not self.sources.settled:
+            self._loop.after(_READ_AGAIN_SEC, self._listen)
 
     @property
     def _looks_for_sources(self) -> bool:
         """With nothing to watch and nobody to say that something appeared, only looking again helps."""
-        return not self.sources.hears_hotplug() and self.sources.detection() is Detection.NONE
+        return not self.sources.hears_hotplug() and self.detection is Detection.NONE
 
-    def _set_timer(self) -> None:
+    def _set_timer(self, truths: Mapping[str, bytes]) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
-        if self._timer_is_needed:
+        if self.sources.needs_timer(truths) or self._looks_for_sources:
             self._timer = self._loop.after(self._config.get(settings.POLL_INTERVAL_SEC), self._on_timer)
 
     def _on_timer(self) -> None:
@@ -156,7 +157,7 @@ class Watch:
         self._id_is_from_disk = self._id_is_from_disk and not first_sight
         if decision.fork:
             kind = Kind.COLD if first_sight and is_cold and GENERATION_ID in decision.changed else Kind.LIVE
-            spoke = {name for name, count in words.items() if count} | (ready & {"vmclock", "timer"})
+            spoke = {name for name, count in words.items() if count} | (ready & {VMCLOCK, "timer"})
             previous = was.truths.get(GENERATION_ID)
             self._announce(kind, tuple(sorted(spoke)), truths, previous, heard=heard)
         elif decision.memory != was or any(words.values()):
@@ -190,7 +191,7 @@ class Watch:
     def trigger(self, reason: str, asked: IdentityPolicy | None) -> ForkEvent:
         """Act as if the guest was forked, because root said so."""
         log.info("triggered by hand: %s", reason)
-        truths = self.sources.read_truths()
+        truths = self._look()
         return self._announce(Kind.MANUAL, ("manual",), truths, self._memory.truths.get(GENERATION_ID), asked=asked)
 
     def _announce(
@@ -230,7 +231,7 @@ class Watch:
             "fork noticed: generation %d, %s, by %s, identity: %s",
             event.generation,
             kind.value,
-            ", ".join(edges) or "the state of the last run",
+            ", ".join(edges) or "comparing what is remembered",
             event.identity.policy.value,
             extra={"MESSAGE_ID": ids.FORK_NOTICED, "VMFORK_GENERATION": event.generation},
         )
@@ -275,18 +276,24 @@ class Watch:
 
     def generation_id(self) -> bytes | None:
         """The generation ID as it can be read now."""
-        return self.sources.read_truths().get(GENERATION_ID)
+        return self._look().get(GENERATION_ID)
 
     def statuses(self) -> tuple[SourceStatus, ...]:
         """What every source says of itself."""
-        found = self.sources.statuses(
+        self._look()  # so that the reasons are those of this moment
+        return self.sources.statuses(
             timer_runs=self._timer is not None, interval=self._config.get(settings.POLL_INTERVAL_SEC)
         )
-        # Reading vmclock for this answer also took its notification: what it would have woken us for is looked at now.
-        seen = self._memory.truths
-        if any(seen.get(name, value) != value for name, value in self.sources.read_truths().items()):
-            self._loop.after(0, lambda: self._wake(self._ready() | ({"vmclock"} & self._watched_names())))
-        return found
 
-    def _watched_names(self) -> set[str]:
-        return set(self._watched.values())
+    def _look(self) -> Mapping[str, bytes]:
+        """Read every truth outside of a decision; a difference is decided on next.
+
+        A read of vmclock takes its notification away, so that nothing else would wake us for what is seen here.
+        """
+        truths = self.sources.read_truths()
+        seen = self._memory.truths
+        changed = {name for name, value in truths.items() if seen.get(name, value) != value}
+        if changed:
+            heard_by_reading = {VMCLOCK} & changed & set(self._watched.values())
+            self._loop.after(0, lambda: self._wake(self._ready() | heard_by_reading))
+        return truths
