@@ -105,15 +105,36 @@ def test_what_a_killed_build_left_is_removed_by_the_next(cached: Path) -> None:
     assert not (cached / ".partial-thing-1").exists()
 
 
+def made_by_another_run(name: str, number: int, *, then: str = "") -> subprocess.Popen[str]:
+    """Another process that makes an artefact, says "made", and goes on with `then`."""
+    make = f"from lab import cache; cache.artefact({name!r}, '{number:016}', lambda directory: None)"
+    run = subprocess.Popen(
+        [sys.executable, "-c", f"{make}; print('made', flush=True); {then}"],
+        cwd=_VM_TESTS,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "made\n"
+    return run
+
+
 def test_old_artefacts_of_the_same_name_go_and_others_stay(cached: Path) -> None:
     other = cache.artefact("thing-of-another-kind", "0" * 16, lambda directory: None)
-    made = []
     for number in range(4):
-        path = cache.artefact("thing", f"{number:016}", lambda directory: None)
-        os.utime(path, (number, number))
-        made.append(path)
-    assert [path.exists() for path in made] == [False, False, True, True]
-    assert other.exists()
+        made_by_another_run("thing", number).communicate()
+        os.utime(cached / f"thing-{number:016}", (number, number))
+    assert sorted(path.name for path in cached.glob("thing-0*")) == [f"thing-{number:016}" for number in (2, 3)]
+    assert other.is_dir()
+
+
+def test_an_artefact_that_another_run_uses_is_kept(cached: Path) -> None:
+    with made_by_another_run("thing", 0, then="import sys; sys.stdin.read()"):
+        os.utime(cached / f"thing-{0:016}", (0, 0))
+        for number in (1, 2, 3):
+            made_by_another_run("thing", number).communicate()
+        assert (cached / f"thing-{0:016}").is_dir()
 
 
 def test_a_workspace_goes_with_its_run_and_takes_those_of_killed_runs_along(cached: Path) -> None:

@@ -43,12 +43,28 @@ def artefact(name: str, key: str, build: Callable[[Path], None], *, estimate: st
     `estimate` is what a waiting person is told about the length of the build.
     """
     finished = directory() / f"{name}-{key}"
-    if not finished.is_dir():
+    while not _held(finished):
         with locked(name):
             if not finished.is_dir():
                 _build(finished, name, build, estimate)
     os.utime(finished)
     return finished
+
+
+def _held(path: Path) -> bool:
+    """Keep what is there from being pruned by another run for as long as this process lives; False if it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        is_same = os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        is_same = False
+    if not is_same:
+        os.close(descriptor)
+    return is_same
 
 
 def _build(finished: Path, name: str, build: Callable[[Path], None], estimate: str) -> None:
@@ -72,7 +88,18 @@ def _prune(name: str) -> None:
     # The hash has a fixed length, which tells "trixie-<key>" from "trixie-backports-<key>".
     same = [path for path in directory().glob(f"{name}-{'?' * 16}") if path.is_dir()]
     for old in sorted(same, key=lambda path: path.stat().st_mtime)[:-_KEPT_PER_NAME]:
-        remove(old)
+        _remove_unused(old)
+
+
+def _remove_unused(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove(path)
+    except BlockingIOError:
+        log.info("%s is in use by another run: kept", path.name)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
