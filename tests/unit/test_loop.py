@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tracemalloc
 
 from vmfork.daemon.loop import Loop
 
@@ -24,6 +25,29 @@ def test_a_cancelled_deadline_does_not_run() -> None:
     loop.after(0.01, loop.stop)
     loop.run()
     assert ran == []
+
+
+def test_cancelled_deadlines_take_no_room() -> None:
+    loop = Loop()
+    tracemalloc.start()
+    try:
+        for _ in range(10_000):
+            loop.after(60.0, loop.stop).cancel()
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_sweep_keeps_what_is_still_due() -> None:
+    loop = Loop()
+    ran: list[int] = []
+    for number in range(500):
+        deadline = loop.after(0.0, lambda number=number: ran.append(number))  # type: ignore[misc]
+        if number % 5:
+            deadline.cancel()
+    loop.after(0.01, loop.stop)
+    loop.run()
+    assert ran == list(range(0, 500, 5))
 
 
 def test_a_descriptor_that_another_one_took_away_is_not_called() -> None:

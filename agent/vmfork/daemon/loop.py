@@ -17,6 +17,8 @@ import signal
 import time
 from collections.abc import Callable
 
+_FEW = 64  # deadlines that are not worth a sweep
+
 
 class Deadline:
     """Something to do later; `cancel` may be called at any time, and more than once."""
@@ -46,6 +48,7 @@ class Loop:
         self.selector = selectors.DefaultSelector()
         self._deadlines: list[tuple[float, int, Deadline]] = []
         self._order = itertools.count()
+        self._sweep_at = _FEW
         self._running = True
         self._wake_up: tuple[int, int] | None = None
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -72,9 +75,17 @@ class Loop:
 
     def after(self, seconds: float, action: Callable[[], None]) -> Deadline:
         """Call `action` once, so many seconds from now."""
+        if len(self._deadlines) >= self._sweep_at:
+            self._sweep()
         deadline = Deadline(action)
         heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._order), deadline))
         return deadline
+
+    def _sweep(self) -> None:
+        # A storm of forks sets and cancels deadlines far faster than they would fall due.
+        self._deadlines = [entry for entry in self._deadlines if not entry[2].is_cancelled]
+        heapq.heapify(self._deadlines)
+        self._sweep_at = max(_FEW, 2 * len(self._deadlines))
 
     def on_signal(self, number: int, action: Callable[[], None]) -> None:
         """Call `action` from the loop, not from the signal's own context, where little is allowed."""
