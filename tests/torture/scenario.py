@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One guest through a start, a fork, a reaction, a fork during the reaction and a stop, whatever is done to it.
+"""One guest whose detector or reactor may be killed anywhere, and what can be done to it and seen of it.
 
 The detector or the reactor may be started under strace, which kills it somewhere. A detector that died is started
-again, without strace, and the scenario goes on where it stood. At its end everything that must hold does, or is named.
+again, without strace, and the play goes on where it stood. What happens is in `plays`, what must hold in `verdict`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.fakeguest import FakeGuest
 from support.runningdaemon import environment, write_hook
 from torture.table import Row
-from vmfork import history, state
 from vmfork.errors import DaemonUnreachable, VmforkError
-from vmfork.model import EventState
-from vmfork.page import DETECTION_EVENT, DETECTION_NONE, STATE_SETTLED, PageContent, read_page
+from vmfork.model import Kind
+from vmfork.page import DETECTION_EVENT, STATE_SETTLED, PageContent, read_page
 from vmfork.varlink.client import Client
 
 HOOKS = ("10-first", "20-second", "30-third")
@@ -69,6 +70,14 @@ def interpreter(directory: Path, before: list[str], *, first: int, last: int) ->
     return wrapper
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fork:
+    """One that was sent: the generation ID that it brought, and the kind that it must be seen as."""
+
+    value: bytes
+    kind: Kind
+
+
 class Broken(Exception):
     """The scenario cannot go on: the sentence says what did not come true."""
 
@@ -77,35 +86,36 @@ class Broken(Exception):
 Words = Callable[[Path], list[str]]
 
 
-def _nothing(_log: Path) -> list[str]:
+def no_words(_log: Path) -> list[str]:
+    """Nothing is done to the program."""
     return []
 
 
 class Scenario:
-    """`detector` and `reactor` make the words to put before the first detector, or the n-th reactor: those of strace.
+    """`detector` and `reactor` make the words to put before one detector, or the n-th reactor: those of strace.
 
-    With `reactor_run` n the n-th reactor is the one that gets them. With `recovering` the first detector is killed in
-    the middle of the first reaction, the second fork happens while nobody watches, and `detector` is the second one.
+    Which detector gets them, `play` decides: it starts it with `start(victim=True)`.
     """
 
     def __init__(
         self,
         name: str,
+        play: Callable[[Scenario], None],
+        judge: Callable[[Scenario], None],
         *,
-        detector: Words = _nothing,
-        reactor: Words = _nothing,
+        detector: Words = no_words,
+        reactor: Words = no_words,
         reactor_run: int = 1,
-        recovering: bool = False,
     ) -> None:
         self.row = Row(name=name, cases=1)
+        self._play, self._judge = play, judge
         self._directory = tempfile.TemporaryDirectory(prefix="vmfork-torture.", dir=scratch())
         self.top = Path(self._directory.name)
         self.guest = FakeGuest(self.top / "guest")
         self.trace = self.top / "trace"
         self._detector = detector(self.trace)
         self._python = interpreter(self.top, reactor(self.trace), first=reactor_run, last=reactor_run)
-        self._recovering = recovering
-        self._ids: list[bytes] = []
+        self.forks: list[Fork] = []
         self._newest = 0
         self._inode = 0
         self.deaths = 0
@@ -118,10 +128,10 @@ class Scenario:
         try:
             for hook in HOOKS:
                 write_hook(self.guest, hook, _HOOK)
-            self._play()
-            self._judge()
+            self._play(self)
+            self._judge(self)
         except Broken as broken:
-            self.row.check(False, f"{broken}; the daemon's last words: {self._last_words()}")
+            self.row.check(False, f"{broken}; the daemon's last words: {self.last_words()}")
         finally:
             if self.process is not None and self.process.poll() is None:
                 self.process.kill()
@@ -133,42 +143,53 @@ class Scenario:
             self._directory.cleanup()
         return self.row
 
-    def _play(self) -> None:
-        if self._recovering:
-            self._start([])
+    # What can be done to it.
+
+    def start(self, *arguments: str, victim: bool = False) -> None:
+        """Start vmforkd; the victim behind the words that kill it."""
+        before = self._detector if victim else []
+        command = [*before, sys.executable, "-c", LAUNCH, str(self._python), "--root", str(self.guest.root), *arguments]
+        self.process = subprocess.Popen(command, env=environment(), stderr=self._log)
+
+    def finish(self) -> None:
+        """Wait for a vmforkd that ends by itself, or was killed: a boot goes on in both cases."""
+        assert self.process is not None
+        try:
+            code = self.process.wait(PATIENCE_SEC)
+        except subprocess.TimeoutExpired as error:
+            raise Broken("the pass of the early boot did not end by itself") from error
+        if code not in (0, -signal.SIGKILL):
+            raise Broken(f"the pass of the early boot ended with exit status {code}")
+
+    def fork(self, kind: Kind = Kind.LIVE) -> None:
+        """Another generation ID; where the guest runs on, the kernel says so."""
+        value = os.urandom(16)
+        self.forks.append(Fork(value=value, kind=kind))
+        if kind is Kind.LIVE:
+            self.guest.fork(value)
         else:
-            self._start(self._detector)
-        self._until(self._watches, "who watches came onto the page")
-        self._fork()
-        self._until(lambda: self.generation() == 2, "the first fork came onto the page")
-        self._until(lambda: "start 20-second" in self.ran(), "the second hook ran")
-        if self._recovering:
-            assert self.process is not None
-            self.process.kill()
-            self.process.wait()
-        (self.guest.root / "go").touch()
-        self._fork()
-        if self._recovering:
-            self._start(self._detector)
-        self._until(lambda: self.generation() == 3, "the second fork came onto the page")
-        self._until(self._settled, "the second fork settled")
-        self._stop()
-
-    # The pieces of it.
-
-    def _start(self, before: list[str]) -> None:
-        self.process = subprocess.Popen(
-            [*before, sys.executable, "-c", LAUNCH, str(self._python), "--root", str(self.guest.root)],
-            env=environment(),
-            stderr=self._log,
-        )
-
-    def _fork(self) -> None:
-        self._ids.append(os.urandom(16))
-        self.guest.fork(self._ids[-1])
+            self.guest.set_generation_id(value)
         self.row.sent += 1
 
-    def _stop(self) -> None:
+    def power_cycle(self) -> None:
+        """What was in RAM is gone, and it is another boot."""
+        self.guest.set_boot_id(str(uuid.uuid4()))
+        for directory in (self.guest.paths.run_public, self.guest.paths.run_private):
+            for path in Path(directory).iterdir():
+                path.unlink()
+        self._inode = 0
+
+    def go(self) -> None:
+        """Let the slow hook end at once from now on."""
+        (self.guest.root / "go").touch()
+
+    def kill(self) -> None:
+        """End the detector in the middle of whatever it does."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
         """Ask it to end; a detector that is killed while it does so is started and asked again."""
         for _ in range(2):
             assert self.process is not None
@@ -180,10 +201,11 @@ class Scenario:
             if code == 0:
                 return
             self._died(code)
-            self._until(self._watches, "who watches came onto the page again")
+            self.until(self.watches, "who watches came onto the page again")
         raise Broken("the daemon was killed twice")
 
-    def _until(self, condition: Callable[[], bool], what: str) -> None:
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for it, and start a detector that was killed meanwhile again, once."""
         end = time.monotonic() + PATIENCE_SEC
         while not condition():
             assert self.process is not None
@@ -201,13 +223,14 @@ class Scenario:
             raise Broken(f"the daemon ended by itself with exit status {code}")
         if self.deaths > 1:
             raise Broken("the daemon was killed twice")
-        self._start([])
+        self.start()
         # What the page says of who watches is its predecessor's word until this one listens.
-        self._until(lambda: listens(self.guest), "the daemon that was started again listens")
+        self.until(lambda: listens(self.guest), "the daemon that was started again listens")
 
     # What is seen from outside.
 
     def page(self) -> PageContent | None:
+        """What the page says; None where it is not valid."""
         try:
             return read_page(self.guest.paths.generation_page)
         except VmforkError:
@@ -225,58 +248,23 @@ class Scenario:
         self._inode = inode
         return page.generation
 
-    def _watches(self) -> bool:
+    def watches(self) -> bool:
+        """The page says that the detector waits for events."""
         page = self.page()
         return page is not None and page.detection == DETECTION_EVENT
 
-    def _settled(self) -> bool:
+    def settled(self) -> bool:
+        """The page shows every fork, and the reaction to the last one ended well."""
         page = self.page()
-        return page is not None and page.generation == 3 and page.state == STATE_SETTLED
+        return page is not None and page.generation == 1 + len(self.forks) and page.state == STATE_SETTLED
 
     def ran(self) -> str:
+        """The lines that the hooks left."""
         with contextlib.suppress(FileNotFoundError):
             return (self.guest.root / "ran").read_text()
         return ""
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The end of the detectors' log."""
         self._log.flush()
         return " | ".join((self.top / "log").read_text(errors="replace").splitlines()[-3:])
-
-    # The verdict.
-
-    def _judge(self) -> None:
-        row, paths = self.row, self.guest.paths
-        page = self.page()
-        row.check(page is not None and page.generation == 3, "the page is not valid, or not at generation 3")
-        row.check(
-            page is not None and page.detection == DETECTION_NONE, "after the stop the page says somebody watches"
-        )
-        try:
-            saved, remembered = state.load_saved(paths), state.load_remembered(paths)
-            found = history.load(paths)
-        except VmforkError as error:
-            row.check(False, f"a file is broken: {error}")
-            return
-        row.check(not any(Path(paths.state).parent.glob("*.broken")), "the daemon found its own state broken")
-        events = found.events
-        row.seen += len(events)
-        row.check([event.generation for event in events] == [2, 3], f"the history has {[e.generation for e in events]}")
-        row.check([event.generation_id for event in events] == self._ids, "the history has other IDs than were sent")
-        row.check(len({event.token for event in events}) == len(events), "two forks have one token")
-        row.check(found.unreadable_lines == 0, f"{found.unreadable_lines} lines of the history cannot be read")
-        if not events or saved is None or remembered is None:
-            row.check(False, "the history, the state or the memory is missing")
-            return
-        newest = events[-1]
-        row.check(newest.state is EventState.SETTLED, f"the newest fork is {newest.state}")
-        row.check(saved.handled_token == newest.token, "the newest fork is not the handled one on disk")
-        row.check(saved.generation_id == self._ids[-1] and saved.generation == 3, "the state on disk is an older one")
-        row.check(remembered.handled and remembered.event is not None, "the memory says the fork is not handled")
-        row.check(page is not None and page.token == newest.token, "the page has another token than the history")
-        ran = self.ran().splitlines()
-        row.hooks += sum(line.startswith("end ") for line in ran)
-        for hook in HOOKS:
-            row.check(f"end {hook} {newest.token.hex()}" in ran, f"{hook} did not run for the newest fork")
-        tokens = {line.split()[2] for line in ran if line.startswith("start ")}
-        row.check(tokens <= {event.token.hex() for event in events}, "a hook ran for a fork that nobody recorded")
-        row.check(not any(line.startswith("overlap ") for line in ran), "two reactors ran at once")
