@@ -174,6 +174,34 @@ def test_a_truncated_generation_id_is_absent_and_no_event(guest: FakeGuest) -> N
         assert len(daemon.forks()) == 1
 
 
+def test_a_truth_that_is_gone_is_reported_once_each_time(guest: FakeGuest, capfd: pytest.CaptureFixture[str]) -> None:
+    guest.unbind_driver()
+    poll_quickly(guest)
+    with RunningDaemon(guest) as daemon:
+        for _ in range(2):
+            Path(guest.paths.fw_cfg_guid).unlink()
+            eventually(lambda: not _source(daemon, "fwcfg")["live"])
+            daemon.ctl("reload")
+            guest.set_generation_id(bytes.fromhex("443322116655887799aabbccddeeff00"))
+            eventually(lambda: _source(daemon, "fwcfg")["live"])
+        assert daemon.forks() == []
+    assert capfd.readouterr().err.count("vmforkd: WARNING: fwcfg can no longer be read: ") == 2
+
+
+def test_an_edge_that_is_gone_is_reported_and_the_timer_takes_over(
+    guest: FakeGuest, capfd: pytest.CaptureFixture[str]
+) -> None:
+    new = fresh_id()
+    with RunningDaemon(guest) as daemon:
+        guest.unbind_driver()
+        for _ in range(2):
+            daemon.ctl("reload")
+        assert daemon.status()["detection"] == "timer"
+        guest.set_generation_id(new)
+        assert daemon.settled(2)["generation_id"] == new.hex()
+    assert capfd.readouterr().err.count("vmforkd: WARNING: kmsg no longer announces forks: no device is bound") == 1
+
+
 def _source(daemon: RunningDaemon, name: str) -> dict[str, object]:
     return next(one for one in daemon.status()["sources"] if one["name"] == name and one["role"] == "truth")
 

@@ -26,6 +26,12 @@ from torture.table import Row, render
 
 TOP = Path(__file__).resolve().parents[2]
 _BY_TESTS = {
+    "kill the shipped hooks' actions": (
+        "tests/unit/test_actions_files.py",
+        "tests/unit/test_actions_machine_id.py",
+        "tests/unit/test_actions_ssh_host_keys.py",
+        "tests/integration/test_reactor_session.py",
+    ),
     "privileges": ("tests/integration/test_threat_model.py",),
     "uevents, hostile hooks and peers": (
         "tests/integration/test_uevent.py",

@@ -318,6 +318,11 @@ def test_every_message_id_is_explained_and_none_is_invented() -> None:
     assert catalog().keys() == known
 
 
+def test_every_message_id_is_logged_somewhere() -> None:
+    logged = {name for path in PACKAGE.rglob("*.py") for name in re.findall(r"\bids\.([A-Z_]+)\b", text_of(path))}
+    assert {name for name in vars(ids) if name.isupper()} == logged
+
+
 def test_every_explanation_has_a_subject_and_an_origin() -> None:
     for message, text in catalog().items():
         header, _, body = text.strip().partition("\n\n")

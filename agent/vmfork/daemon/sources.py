@@ -8,9 +8,10 @@ when a fork is waiting.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
-from vmfork import settings
+from vmfork import ids, settings
 from vmfork.config import Config
 from vmfork.detector import GENERATION_ID
 from vmfork.edges import Edge
@@ -24,6 +25,8 @@ from vmfork.truths import Truth
 from vmfork.truths.evidence import read_instance_id, read_smbios
 from vmfork.truths.fwcfg import FwCfgGenerationId
 from vmfork.truths.vmclock import VmclockCounter, VmclockDevice
+
+log = logging.getLogger(__name__)
 
 VMCLOCK = "vmclock"
 
@@ -43,6 +46,7 @@ class Sources:
         listens = not paths.is_fake and config.get(settings.UEVENT) == "auto"
         self.uevent = Uevent() if listens else None
         self._device = VmclockDevice(paths)
+        self._live: dict[Role, frozenset[str]] = {}
         self.probe(config)
 
     def probe(self, config: Config) -> None:
@@ -56,6 +60,17 @@ class Sources:
         self._usable = self._readable_in_memory() if self._may_use_memory() else ()
         self.settled = True
         self.listening = self._authoritative()
+        statuses = [edge.status() for edge in self.edges()]
+        why_not = {one.name: one.detail for one in statuses if not one.live}
+        self._report_lost(Role.EDGE, frozenset(one.name for one in statuses if one.live), why_not)
+
+    def _report_lost(self, role: Role, live: frozenset[str], why_not: Mapping[str, object]) -> None:
+        """Say which sources were live when one last looked and are no longer, once for each time that it happens."""
+        for name in sorted((self._live.get(role, frozenset()) - live) & why_not.keys()):
+            what = "no longer announces forks" if role is Role.EDGE else "can no longer be read"
+            fields = {"MESSAGE_ID": ids.SOURCE_LOST, "VMFORK_SOURCE": name}
+            log.warning("%s %s: %s", name, what, why_not[name], extra=fields)
+        self._live[role] = live
 
     def _may_use_memory(self) -> bool:
         if self._memory_policy == "auto":
@@ -99,23 +114,27 @@ class Sources:
             now = self._read_once()
             if now == before:
                 self.settled = True
+                self._report_lost(Role.TRUTH, self._read_from, self._absences)
                 return now
             before = now
         self.settled = False
         return {}
 
     def _read_once(self) -> dict[str, bytes]:
-        found = {}
+        found, read_from = {}, set()
         for truth in (self._fw_cfg, *self._usable):
             value = self._try(truth)
             if value is not None:
                 found[GENERATION_ID] = value
+                read_from.add(truth.name)
                 break
         # That it is not there was said once; as long as it is true it need not be found out, and said, anew.
         is_known = VMCLOCK in self._absences and self._device.is_still_absent()
         counter = None if is_known else self._try(self._counter)
         if counter is not None:
             found[VMCLOCK] = counter
+            read_from.add(VMCLOCK)
+        self._read_from = frozenset(read_from)
         return found
 
     def needs_timer(self, truths: Mapping[str, bytes]) -> bool:

@@ -108,9 +108,10 @@ class Kmsg:
                     lost = True  # the ring overtook us; the next read goes on at its oldest record
                     continue
                 if error.errno not in (errno.EAGAIN, errno.EINTR):
+                    # Nothing more will come from here: somebody else has to watch from now on.
                     self._trouble = error
                     self.close()
-                    lost = True
+                    return Heard(words=words, lost=True, record_us=newest, hotplug=True)
                 return Heard(words=words, lost=lost, record_us=newest)
             if not chunk:
                 return Heard(words=words, lost=lost, record_us=newest)
