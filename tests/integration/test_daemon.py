@@ -110,7 +110,7 @@ def test_garbage_in_the_kernels_log_changes_nothing(guest: FakeGuest) -> None:
 
 
 def test_a_change_that_an_answer_saw_first_is_an_event(guest: FakeGuest) -> None:
-    # A read of vmclock takes its notification, so that a difference seen while answering must not wait for another edge.
+    # A read of vmclock takes its notification: a difference seen while answering must not wait for another edge.
     guest.unbind_driver()
     guest.put(guest.paths.config_etc + "/vmfork.conf", b"[Detect]\nPollIntervalSec=60\n")
     with RunningDaemon(guest) as daemon:
