@@ -143,6 +143,23 @@ def test_json_is_pretty_on_a_terminal_and_one_line_elsewhere(guest: FakeGuest, d
     assert on_terminal(guest, "status", "--json=short").count("\n") == 1
 
 
+@pytest.mark.parametrize("view", ["status", "list", "doctor", "sources", "hooks", "plan", "actions", "cat-config"])
+def test_every_view_has_the_same_content_in_both_kinds_of_json_and_none_when_it_is_off(
+    guest: FakeGuest, daemon: RunningDaemon, view: str
+) -> None:
+    write_hook(guest, "10-mine", "exit 0")
+    guest.fork(os.urandom(16))
+    daemon.settled(2)
+    pretty, short, off, plain = (
+        daemon.ctl(view, *options).stdout for options in (("--json=pretty",), ("--json=short",), ("--json=off",), ())
+    )
+    assert (short.count("\n"), pretty.count("\n") > 3) == (1, True)
+    assert json.loads(pretty) == json.loads(short)
+    assert off.splitlines()[0] == plain.splitlines()[0]
+    with pytest.raises(ValueError, match="Expecting value"):
+        json.loads(off)
+
+
 def test_no_legend_leaves_only_the_rows(guest: FakeGuest, daemon: RunningDaemon) -> None:
     guest.fork(os.urandom(16))
     daemon.settled(2)

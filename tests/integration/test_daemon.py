@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.fakeguest import FakeGuest
-from support.runningdaemon import RunningDaemon, eventually, vmforkctl, vmforkd, write_hook
+from support.runningdaemon import RunningDaemon, environment, eventually, vmforkctl, vmforkd, write_hook
 from vmfork.page import DETECTION_EVENT, DETECTION_NONE, DETECTION_TIMER, read_page
 
 OTHER_BOOT = "11111111-2222-3333-4444-555555555555"
@@ -242,6 +244,25 @@ def test_a_change_over_a_boot_that_emptied_run_is_one_cold_event(guest: FakeGues
         guest.set_boot_id(OTHER_BOOT)
         daemon.start()
         assert (daemon.settled(2)["kind"], daemon.settled(2)["identity"]["policy"]) == ("cold", "keep")
+
+
+def test_an_early_boot_that_ran_out_of_time_ends_at_once_and_the_daemon_takes_over(guest: FakeGuest) -> None:
+    with RunningDaemon(guest) as daemon:
+        daemon.stop()
+        guest.set_generation_id(fresh_id())
+        guest.set_boot_id(OTHER_BOOT)
+        write_hook(guest, "10-slow", SLOW.format(what="$VMFORK_FORK_TOKEN"))
+        command = [sys.executable, "-m", "vmfork.daemon", "--root", str(guest.root), "--boot"]
+        with subprocess.Popen(command, env=environment()) as boot:
+            eventually(lambda: (guest.root / "ran").exists())
+            # What the unit's TimeoutStartSec= does; TimeoutStopSec= is 5 s.
+            boot.terminate()
+            boot.wait(5)
+        (guest.root / "go").touch()
+        daemon.start()
+        event = daemon.settled(2)
+        assert (event["kind"], event["state"], event["hooks"][0]["result"]) == ("cold", "settled", "ok")
+        assert (guest.root / "ran").read_text().split() == [event["token"]] * 2
 
 
 def test_a_plain_boot_is_no_event(guest: FakeGuest) -> None:

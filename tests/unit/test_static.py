@@ -304,6 +304,14 @@ def test_daemon_has_no_core_dumps_and_no_runtime_directory() -> None:
     assert not any(line.startswith(("RuntimeDirectory", "WatchdogSec")) for line in lines)
 
 
+def test_early_boot_is_bounded_and_nothing_requires_it() -> None:
+    lines = text_of(UNITS / "vmfork-boot.service").splitlines()
+    assert {"Type=oneshot", "TimeoutStartSec=60s", "TimeoutStopSec=5s", "WantedBy=sysinit.target"} <= set(lines)
+    assert not any(line.startswith("RequiredBy=") for unit in UNIT_FILES for line in text_of(UNITS / unit).splitlines())
+    after = [line for unit in UNIT_FILES for line in text_of(UNITS / unit).splitlines() if "vmfork-boot" in line]
+    assert {line.partition("=")[0] for line in after} <= {"After", "SyslogIdentifier"}
+
+
 # --- the journal's catalog
 
 
