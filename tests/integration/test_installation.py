@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other ways in: pip into a virtual environment, `python -m`, and a guest whose init is a shell script."""
+"""Other ways in: pip into a virtual environment, `python -m`, a guest whose init is a shell script, a container."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 import vmfork
 from support.fakeguest import FakeGuest
-from support.runningdaemon import PATIENCE_SEC, eventually, write_hook
+from support.runningdaemon import PATIENCE_SEC, RunningDaemon, environment, eventually, write_hook
 from support.tools import need, need_root, unavailable
 
 TOP = Path(vmfork.__file__).parents[2]
@@ -145,6 +145,34 @@ def test_a_fork_while_a_plain_init_starts_the_daemon_again_is_not_lost(plain_gue
     eventually(lambda: is_up(venv, plain_guest))
     assert settled(venv, plain_guest) == "generation 2: live, settled\n"
     assert (plain_guest.root / "ran").read_text() == "after-fork 2\n"
+
+
+def test_a_container_with_the_public_directory_follows_forks(tmp_path: Path) -> None:
+    need_root()
+    unshare = need("unshare", package="util-linux")
+    container = tmp_path / "container"
+    (container / "run/vmfork").mkdir(parents=True)
+    program = """
+import vmfork
+guard, before = vmfork.Guard(strict=True), vmfork.generation()
+with vmfork.Watcher() as watcher:
+    print(vmfork.supported(), guard.forked(), flush=True)
+    event = watcher.read() or next(iter(watcher))
+    print(event.generation - before, guard.forked(), vmfork.settled(before, 20) is not None)
+"""
+    with FakeGuest(tmp_path / "guest") as guest, RunningDaemon(guest):
+        mount = 'mount --bind "$1" "$2" && mount -o remount,ro,bind "$2"; exec "$0" -c "$3"'
+        inside = ("sh", "-ec", mount, sys.executable, guest.paths.run_public, container / "run/vmfork", program)
+        with subprocess.Popen(
+            [unshare, "--mount", "--pid", "--fork", "--kill-child", *inside],
+            env=environment() | {"VMFORK_ROOT": str(container)},
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout
+            assert process.stdout.readline() == "True False\n"
+            guest.fork(os.urandom(16))
+            assert process.communicate(timeout=PATIENCE_SEC)[0] == "1 True True\n"
 
 
 def daemon_of(guest: FakeGuest) -> int:
