@@ -5,13 +5,14 @@ STAMP := .venv/setup.stamp
 PYTHON := .venv/bin/python
 LISTS := $(wildcard tests/packages.txt tests/vm/packages.txt)
 
-.PHONY: help setup demo test bench torture fuzz lint run deb clean
+.PHONY: help setup demo test bench torture fuzz chain lint run deb clean
 
 help:
 	@echo 'make demo   fork real virtual machines and show what each clone noticed'
 	@echo 'make test   all tests: unit, integration, virtual machines'
 	@echo 'make torture  kill, starve, flood and fuzz it for 20 minutes; a table of what came of it'
 	@echo 'make fuzz   hostile input alone, for FUZZ_SECONDS (3600)'
+	@echo 'make chain  one guest restored RESTORES (500) times, each time from its last saved state'
 	@echo 'make bench  measure everything and write docs/performance.md; ONLY=edge,calls for some, QUICK=1 for a try'
 	@echo 'make lint   the static checks alone'
 	@echo 'make run    vmforkd in the foreground on a fake guest in a directory, no root needed'
@@ -42,9 +43,16 @@ fuzz: $(STAMP)
 	@$(ATHERIS)
 	@PYTHONPATH=agent:tests $(PYTHON) -m torture.fuzz --seconds $(or $(FUZZ_SECONDS),3600)
 
+# The pictures; without matplotlib there are tables only.
+PLOTTING = $(PYTHON) -c 'import matplotlib' 2>/dev/null || $(PYTHON) -m pip install -q --disable-pip-version-check \
+    --root-user-action=ignore --no-build-isolation -e '.[bench]'
+
+chain: $(STAMP)
+	@$(PLOTTING)
+	@$(PYTHON) tests/vm/chain.py --restores $(or $(RESTORES),500)
+
 bench: $(STAMP)
-	@$(PYTHON) -c 'import matplotlib' 2>/dev/null || \
-	    $(PYTHON) -m pip install -q --disable-pip-version-check --root-user-action=ignore --no-build-isolation -e '.[bench]'
+	@$(PLOTTING)
 	@PYTHONPATH=tests:agent $(PYTHON) -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
 
 lint: $(STAMP)
