@@ -10,20 +10,22 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from support.crowd import Crowd, call, connected, descriptors
 from support.fakeguest import FakeGuest
-from support.runningdaemon import RunningDaemon, eventually, write_hook
+from support.runningdaemon import PATIENCE_SEC, RunningDaemon, eventually, write_hook
 from support.tools import unavailable
 
 # A few more than fit into the limit of 1024 descriptors that processes usually have.
 CROWD = 1050
 # What a client needs at most to be told while something disturbs; the figures themselves are in tests/bench.
 IN_TIME_SEC = 0.5
+# What a thousand of them may need where nothing disturbs: the best of five forks, since a test machine is never quiet.
+A_THOUSAND_IN_SEC = 0.05
 
 
 @pytest.fixture
@@ -69,7 +71,8 @@ def test_more_than_a_thousand_subscribers_are_told_at_once(guest: FakeGuest, dae
         after = resident_kib(daemon.pid)
     print(f"{CROWD} subscribers, from the edge to the last: {', '.join(f'{one * 1000:.1f}' for one in took)} ms")
     print(f"RSS {before} KiB alone, {connected_kib} KiB with them connected, {after} KiB after five forks")
-    assert min(took) <= IN_TIME_SEC
+    assert min(took) <= A_THOUSAND_IN_SEC
+    assert max(took) <= IN_TIME_SEC
     assert after - before <= 16 * 1024
 
 
@@ -137,6 +140,21 @@ def test_a_nuisance_harms_nobody(guest: FakeGuest, daemon: RunningDaemon, what: 
         crowd.await_notice("settled", generation=2)
     assert daemon.status()["generation"] == 2
     assert resident_kib(daemon.pid) - before <= 16 * 1024
+
+
+def test_a_message_of_a_gibibyte_is_cut_off_at_its_begin(guest: FakeGuest, daemon: RunningDaemon) -> None:
+    before, gibibyte, block = resident_kib(daemon.pid), 1 << 30, b"x" * 65536
+    with Crowd(guest.paths.public_socket, 3) as crowd:
+        for _ in range(20):
+            with connected(guest.paths.public_socket) as client, suppress(BrokenPipeError, ConnectionResetError):
+                client.settimeout(PATIENCE_SEC)
+                sent = client.send(b'{"method":"')
+                while sent < gibibyte:
+                    sent += client.send(block)
+            assert sent < 2 << 20
+        assert fork_reaches(crowd, guest) <= IN_TIME_SEC
+    assert daemon.status()["generation"] == 2
+    assert resident_kib(daemon.pid) - before <= 4 * 1024
 
 
 def test_random_bytes_never_end_the_daemon(guest: FakeGuest, daemon: RunningDaemon) -> None:

@@ -74,6 +74,7 @@ def test_a_silent_tracked_subscriber_delays_settled_no_longer_than_the_admin_sai
         (straggler,) = daemon.status()["stragglers"]
         assert straggler["overdue"] is True
         assert straggler["pid"] > 0
+        assert f"(PID {straggler['pid']}) has not acknowledged in time" in daemon.ctl("status").stdout
         assert subscriber.notice()["notice"] == "fork"
 
 
