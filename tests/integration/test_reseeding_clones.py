@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -177,3 +178,43 @@ def test_the_workers_of_one_pool_differ_too(guest: FakeGuest) -> None:
     for one in drawn_after_a_fork(guest, "pool", "reseed"):
         first, second = one.values()
         assert not set(first) & set(second)
+
+
+# The functions of a spawned worker are found by import, so this is a module.
+SPAWNING = """
+import multiprocessing, random, threading
+import vmfork
+
+told = threading.Event()
+
+def seed():
+    random.seed(1)
+    vmfork.register_after_fork(told.set)
+
+def draw():
+    told.wait()
+    return random.random()
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1, vmfork.reseed_on_fork) as workers:
+        workers.apply(seed)
+        print("ready", flush=True)
+        print(workers.apply(draw))
+"""
+
+
+def test_a_spawned_worker_is_reached_by_its_initializer(guest: FakeGuest, tmp_path: Path) -> None:
+    (tmp_path / "spawning.py").write_text(SPAWNING)
+    with (
+        RunningDaemon(guest),
+        subprocess.Popen(
+            ["timeout", "-k", "1", str(3 * PATIENCE_SEC), sys.executable, str(tmp_path / "spawning.py")],
+            env=environment() | {"VMFORK_ROOT": str(guest.root)},
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        guest.fork(os.urandom(16))
+        assert float(process.stdout.readline()) != random.Random(1).random()
