@@ -5,7 +5,7 @@ STAMP := .venv/setup.stamp
 PYTHON := .venv/bin/python
 LISTS := $(wildcard tests/packages.txt tests/vm/packages.txt)
 
-.PHONY: help setup demo test bench torture fuzz chain lint run deb clean
+.PHONY: help setup demo test bench torture fuzz chain breaks lint run deb clean
 
 help:
 	@echo 'make demo   fork real virtual machines and show what each clone noticed'
@@ -13,6 +13,7 @@ help:
 	@echo 'make torture  kill, starve, flood and fuzz it for 20 minutes; a table of what came of it'
 	@echo 'make fuzz   hostile input alone, for FUZZ_SECONDS (3600)'
 	@echo 'make chain  one guest restored RESTORES (500) times, each time from its last saved state'
+	@echo 'make breaks vmfork broken on purpose: the rows of the matrix that must turn red do'
 	@echo 'make bench  measure everything and write docs/performance.md; ONLY=edge,calls for some, QUICK=1 for a try'
 	@echo 'make lint   the static checks alone'
 	@echo 'make run    vmforkd in the foreground on a fake guest in a directory, no root needed'
@@ -50,6 +51,9 @@ PLOTTING = $(PYTHON) -c 'import matplotlib' 2>/dev/null || $(PYTHON) -m pip inst
 chain: $(STAMP)
 	@$(PLOTTING)
 	@$(PYTHON) tests/vm/chain.py --restores $(or $(RESTORES),500)
+
+breaks: $(STAMP)
+	@$(PYTHON) tests/vm/breaks.py
 
 bench: $(STAMP)
 	@$(PLOTTING)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from breaks import BREAKS, Break, apply
 from lab import cache
 from lab.channel import Channel, CommandFailed
 from lab.host import LabError
@@ -146,3 +147,16 @@ def test_a_workspace_goes_with_its_run_and_takes_those_of_killed_runs_along(cach
             assert another_run.exists()
         assert mine.exists()
     assert not mine.exists()
+
+
+@pytest.mark.parametrize("one", BREAKS, ids=lambda one: one.name.replace(" ", "-"))
+def test_a_break_finds_what_it_breaks_and_the_rows_that_must_see_it(one: Break, tmp_path: Path) -> None:
+    top = _VM_TESTS.parents[1]
+    copy = tmp_path / one.file
+    copy.parent.mkdir(parents=True)
+    copy.write_text((top / one.file).read_text())
+    apply(tmp_path, one)
+    assert one.broken in copy.read_text()
+    for test in (*one.red, one.green):
+        path, _, name = test.partition("::")
+        assert f"def {name}(" in (top / path).read_text()
