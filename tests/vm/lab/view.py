@@ -60,8 +60,11 @@ def configure(guest: Guest) -> None:
 def hook_trace(guest: Guest) -> list[tuple[str, int, str, float]]:
     """What the tracing hooks noted: hook, generation, fork token, seconds since boot."""
     lines = guest.run("cat", _TRACE).stdout.splitlines()
+    # Before a snapshot there is no fork, hence no token: such a line is shorter and of no interest here.
     words = (line.split() for line in lines)
-    return [(hook, int(generation), token, float(now)) for hook, generation, token, now in words]
+    return [
+        (hook, int(generation), token, float(now)) for hook, generation, token, now in (w for w in words if len(w) == 4)
+    ]
 
 
 def drawn(guest: Guest, question: int | str) -> dict[str, Any]:
