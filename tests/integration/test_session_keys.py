@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hook 60-session-keys on a real nginx: a TLS 1.3 ticket from before the fork is refused after it."""
+"""Hook 60-session-keys on a real nginx and a real haproxy: a ticket from before the fork is refused after it."""
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
-import socket
-import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.netns import driver
+from support.tickets import TicketClient, certificate, free_port, open_directory
 from support.tools import need, need_root
 from vmfork.actions.commands import FIXED_PATH
 from vmfork.actions.processes import wait_until
@@ -44,13 +44,10 @@ class Nginx:
 
     def __init__(self, top: Path) -> None:
         self.top = top
-        with socket.create_server(("127.0.0.1", 0)) as door:
-            self.port = door.getsockname()[1]
+        self.port = free_port()
         self.child: subprocess.Popen[bytes] | None = None
-        self._client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        kind = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
-        files = ["-keyout", str(top / "key.pem"), "-out", str(top / "cert.pem")]
-        subprocess.run(["openssl", *kind.split(), *files], check=True, capture_output=True)
+        self.client = TicketClient(self.port, b"GET / HTTP/1.0\r\n\r\n")
+        certificate(top)
         self.configure("")
 
     def configure(self, more: str) -> None:
@@ -59,57 +56,28 @@ class Nginx:
     def start(self) -> None:
         nginx = need("nginx", package="nginx-light")
         self.child = subprocess.Popen([nginx, "-c", str(self.top / "nginx.conf"), "-g", "daemon off;"])
-        assert wait_until(self._answers, timeout=10)
+        assert wait_until(self.client.answers, timeout=10)
 
     def stop(self) -> None:
         if self.child is not None:
             self.child.send_signal(signal.SIGTERM)
             self.child.wait(10)
 
-    def _answers(self) -> bool:
-        try:
-            self.resumed(None)
-        except OSError:
-            return False
-        return True
-
-    def resumed(self, session: ssl.SSLSession | None) -> tuple[bool, ssl.SSLSession]:
-        """Connect; whether the server took the ticket, and the next one."""
-        if session is None:
-            self._client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            self._client.check_hostname = False
-            self._client.verify_mode = ssl.CERT_NONE
-        # A session can only be offered by the context that it was made with.
-        client = self._client
-        with (
-            socket.create_connection(("127.0.0.1", self.port), 5) as raw,
-            client.wrap_socket(raw, session=session) as wire,
-        ):
-            wire.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            while wire.recv(4096):
-                pass
-            assert wire.version() == "TLSv1.3"
-            assert wire.session is not None
-            return bool(wire.session_reused), wire.session
-
 
 @pytest.fixture
-def nginx(tmp_path: Path) -> Iterator[Nginx]:
+def nginx() -> Iterator[Nginx]:
     need_root()
     need("nginx", package="nginx-light")
     need("openssl", package="openssl")
-    # Workers give up root, and must still reach their certificate.
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        if directory.stat().st_uid == os.geteuid() and directory != Path("/tmp"):
-            directory.chmod(directory.stat().st_mode | 0o011)
-    server = Nginx(tmp_path)
-    yield server
-    server.stop()
+    with open_directory() as top:
+        server = Nginx(top)
+        yield server
+        server.stop()
 
 
-def act(*argv: str) -> subprocess.CompletedProcess[str]:
+def act(*argv: str, servers: str = "nginx") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        driver("session-keys", argv, {"Servers": "nginx"}, None),
+        driver("session-keys", argv, {"Servers": servers}, None),
         capture_output=True,
         text=True,
         check=False,
@@ -119,26 +87,26 @@ def act(*argv: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_ticket_from_before_is_refused_after(nginx: Nginx) -> None:
     nginx.start()
-    _, ticket = nginx.resumed(None)
-    reused, ticket = nginx.resumed(ticket)
+    _, ticket = nginx.client.resumed()
+    reused, ticket = nginx.client.resumed(ticket)
     assert reused, "without a fork, tickets are taken"
     done = act()
     assert done.returncode == 0, done.stderr + done.stdout
     assert "verified" in done.stdout
     assert nginx.child is not None
     assert str(nginx.child.pid) in done.stdout
-    assert not nginx.resumed(ticket)[0]
-    reused, ticket = nginx.resumed(None)
-    assert nginx.resumed(ticket)[0], "new tickets are taken again"
+    assert not nginx.client.resumed(ticket)[0]
+    reused, ticket = nginx.client.resumed()
+    assert nginx.client.resumed(ticket)[0], "new tickets are taken again"
 
 
 def test_a_dry_run_leaves_the_tickets(nginx: Nginx) -> None:
     nginx.start()
-    _, ticket = nginx.resumed(None)
+    _, ticket = nginx.client.resumed()
     done = act("--dry-run")
     assert done.returncode == 0, done.stderr
     assert "would reload nginx" in done.stdout
-    assert nginx.resumed(ticket)[0]
+    assert nginx.client.resumed(ticket)[0]
 
 
 def test_a_broken_configuration_is_a_failure_and_the_server_goes_on(nginx: Nginx) -> None:
@@ -147,7 +115,7 @@ def test_a_broken_configuration_is_a_failure_and_the_server_goes_on(nginx: Nginx
     done = act()
     assert done.returncode == 1
     assert "nginx" in done.stderr
-    assert nginx.resumed(None)
+    assert nginx.client.resumed()
 
 
 def test_sessions_in_a_shared_cache_are_not_called_renewed(nginx: Nginx) -> None:
@@ -170,13 +138,7 @@ def test_keys_from_a_file_are_named(nginx: Nginx) -> None:
 
 def test_without_a_server_it_is_skipped() -> None:
     need_root()
-    done = subprocess.run(
-        driver("session-keys", (), {"Servers": "dovecot"}, None),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = act(servers="dovecot")
     assert done.returncode == 77
     assert "none of these runs: dovecot" in done.stdout
 
@@ -197,24 +159,51 @@ def test_a_process_that_only_calls_itself_nginx_is_not_signalled(tmp_path: Path)
             child.kill()
 
 
-def test_haproxy_in_master_worker_mode_gets_a_new_worker(tmp_path: Path) -> None:
-    need_root()
-    haproxy = need("haproxy", package="haproxy")
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        port = door.getsockname()[1]
-    (tmp_path / "haproxy.cfg").write_text(
-        f"defaults\n  mode http\n  timeout connect 1s\n  timeout client 1s\n  timeout server 1s\n"
-        f"frontend f\n  bind 127.0.0.1:{port}\n  http-request return status 200\n"
+def haproxy_configuration(top: Path, port: int, more: str = "") -> Path:
+    cert, key = certificate(top)
+    (top / "both.pem").write_text(cert.read_text() + key.read_text())
+    (top / "haproxy.cfg").write_text(
+        f"defaults\n  mode http\n  timeout connect 1s\n  timeout client 60s\n  timeout server 1s\n"
+        f"frontend f\n  bind 127.0.0.1:{port} ssl crt {top}/both.pem {more}\n  http-request return status 200\n"
     )
-    with subprocess.Popen([haproxy, "-W", "-q", "-f", str(tmp_path / "haproxy.cfg")]) as child:
+    return top / "haproxy.cfg"
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["idle", "with a client that stays"])
+def test_a_ticket_of_haproxy_is_refused_after(tmp_path: Path, *, held: bool) -> None:
+    need_root()
+    haproxy, port = need("haproxy", package="haproxy"), free_port()
+    client = TicketClient(port, b"GET / HTTP/1.0\r\n\r\n")
+    with subprocess.Popen([haproxy, "-W", "-q", "-f", str(haproxy_configuration(tmp_path, port))]) as child:
         try:
-            workers = Path(f"/proc/{child.pid}/task/{child.pid}/children")
-            assert wait_until(lambda: workers.read_text().strip(), timeout=10)
-            before = workers.read_text().split()
-            done = subprocess.run(
-                driver("session-keys", (), {"Servers": "haproxy"}, None), capture_output=True, text=True, check=False
-            )
+            assert wait_until(client.answers, timeout=10)
+            stays = TicketClient(port, b"").connect() if held else None
+            reused, ticket = client.resumed(client.resumed()[1])
+            assert reused, "without a fork, tickets are taken"
+            done = act(servers="haproxy")
             assert done.returncode == 0, done.stderr
-            assert set(workers.read_text().split()) - set(before)
+            assert "verified" in done.stdout
+            assert not client.resumed(ticket)[0]
+            if stays is not None:
+                stays.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                assert stays.recv(100).startswith(b"HTTP/1.1 200"), "a client that was there is not thrown out"
+                stays.close()
+        finally:
+            child.terminate()
+
+
+def test_ticket_keys_of_haproxy_from_a_file_are_named(tmp_path: Path) -> None:
+    need_root()
+    haproxy, port = need("haproxy", package="haproxy"), free_port()
+    keys = tmp_path / "ticket.keys"
+    keys.write_text("".join(f"{base64.b64encode(os.urandom(48)).decode()}\n" for _ in range(3)))
+    configuration = haproxy_configuration(tmp_path, port, f"tls-ticket-keys {keys}")
+    client = TicketClient(port, b"GET / HTTP/1.0\r\n\r\n")
+    with subprocess.Popen([haproxy, "-W", "-q", "-f", str(configuration)]) as child:
+        try:
+            assert wait_until(client.answers, timeout=10)
+            done = act("--dry-run", servers="haproxy")
+            assert done.returncode == 0, done.stderr
+            assert f"haproxy takes ticket keys from {keys}" in done.stdout
         finally:
             child.terminate()

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,3 +120,20 @@ def test_a_process_that_ended_is_no_process() -> None:
     with subprocess.Popen(["true"]) as child:
         child.wait()
         assert processes.look(PATHS, child.pid) is None
+
+
+def test_who_holds_a_listening_socket_is_told_from_who_does_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        assert processes.listens(PATHS, os.getpid())
+        with socket.create_connection(door.getsockname()):
+            door.close()
+            assert not processes.listens(PATHS, os.getpid())
+
+
+def test_a_daemon_of_its_own_account_counts_only_where_that_account_is_named(program: Path) -> None:
+    need_root()
+    account = pwd.getpwnam("nobody")
+    with running(str(program), "60", user=account.pw_uid, group=account.pw_gid) as child:
+        assert processes.daemons(PATHS, str(program)) == ()
+        assert processes.daemons(PATHS, str(program), owner="no-such-account") == ()
+        assert [found.pid for found in processes.daemons(PATHS, str(program), owner="nobody")] == [child.pid]

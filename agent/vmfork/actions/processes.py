@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Running daemons, found in the process table and only trusted as far as the kernel vouches for them.
 
-A name and a command line are whatever a process says of itself. So a daemon counts only if all its user IDs are root's,
-if it runs the very program that is installed, and if it shares this process's mounts and network.
+A name and a command line are whatever a process says of itself. So a daemon counts only if all its user IDs are root's
+(or those of the system account that it is known to give up root for), if it runs the very program that is installed,
+and if it shares this process's mounts and network.
 """
 
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +19,10 @@ from vmfork.paths import Paths
 
 _MAX_PROCESSES = 65536
 _MAX_COMMAND_LINE = 64 * 1024
+_MAX_SOCKETS = 4 * 1024 * 1024
 _PAUSE_SEC = 0.02
+# enum tcp_states of the kernel's include/net/tcp_states.h, as /proc/net/tcp shows it.
+_TCP_LISTEN = "0A"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +35,19 @@ class Process:
     image: tuple[int, int, int]
 
 
-def daemons(paths: Paths, program: str) -> tuple[Process, ...]:
-    """Every trusted process that runs the program at this absolute path, oldest process ID first."""
+def daemons(paths: Paths, program: str, *, owner: str | None = None) -> tuple[Process, ...]:
+    """Every trusted process that runs the program at this absolute path, lowest process ID first.
+
+    `owner` names an account whose processes count like root's.
+    """
     wanted = os.path.realpath(program)
+    uids = {"0", *_uid(owner)}
     name = os.path.basename(wanted)[:15]
     found = []
     for pid in _pids(paths):
         place = os.path.join(paths.processes, str(pid))
         if _text(f"{place}/comm", 64).strip() in (name, os.path.basename(program)[:15]) and _is_trusted(
-            paths, place, wanted
+            paths, place, wanted, uids
         ):
             process = look(paths, pid)
             if process is not None:
@@ -57,7 +66,8 @@ def look(paths: Paths, pid: int) -> Process | None:
     place = os.path.join(paths.processes, str(pid))
     # proc(5): the name, in parentheses, may hold anything; fields are counted from behind it.
     fields = _text(f"{place}/stat", 4096).rpartition(")")[2].split()
-    if len(fields) < 26 or fields[0] in ("Z", "X"):
+    # A process on its way out loses its address space (its size is 0) before it is called a zombie.
+    if len(fields) < 26 or fields[0] in ("Z", "X") or fields[20] == "0":
         return None
     words = _text(f"{place}/cmdline", _MAX_COMMAND_LINE).split("\0")
     return Process(
@@ -67,6 +77,21 @@ def look(paths: Paths, pid: int) -> Process | None:
         # Start time, and the start of the stack: exec keeps the first and draws the second anew.
         image=(pid, int(fields[19]), int(fields[25])),
     )
+
+
+def listens(paths: Paths, pid: int) -> bool:
+    """Whether a process of this network namespace holds a TCP socket that takes connections."""
+    doors = set()
+    for table in ("tcp", "tcp6"):
+        for line in _text(os.path.join(paths.processes, "self/net", table), _MAX_SOCKETS).splitlines()[1:]:
+            fields = line.split()
+            if len(fields) > 9 and fields[3] == _TCP_LISTEN:
+                doors.add(f"socket:[{fields[9]}]")
+    place = os.path.join(paths.processes, str(pid), "fd")
+    try:
+        return any(_link(os.path.join(place, name)) in doors for name in os.listdir(place))
+    except OSError:
+        return False
 
 
 def kill(process: Process, paths: Paths, *, timeout: float) -> bool:
@@ -118,10 +143,17 @@ def _is_alive(process: Process, paths: Paths) -> bool:
     return now is not None and now.image == process.image
 
 
-def _is_trusted(paths: Paths, place: str, program: str) -> bool:
+def _uid(account: str | None) -> tuple[str, ...]:
+    try:
+        return (str(pwd.getpwnam(account).pw_uid),) if account else ()
+    except KeyError:
+        return ()
+
+
+def _is_trusted(paths: Paths, place: str, program: str, allowed: set[str]) -> bool:
     status = _text(f"{place}/status", 8192)
-    uids = next((line.split()[1:] for line in status.splitlines() if line.startswith("Uid:")), [])
-    if not uids or set(uids) != {"0"}:
+    uids = set(next((line.split()[1:] for line in status.splitlines() if line.startswith("Uid:")), []))
+    if len(uids) != 1 or not uids <= allowed:
         return False
     try:
         # The kernel says "(deleted)" of a program that was replaced by an upgrade while it ran.
@@ -140,6 +172,13 @@ def _pids(paths: Paths) -> list[int]:
         return sorted(int(name) for name in os.listdir(paths.processes) if name.isdigit())[:_MAX_PROCESSES]
     except OSError:
         return []
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
 
 
 def _text(path: str, limit: int) -> str:

@@ -2,55 +2,28 @@
 """Reloads the running TLS servers, so that the keys of their session tickets are new.
 
 Those keys are random, live in the server's memory, and clones share them: who holds one clone's can read another's
-resumed sessions. A reload draws new ones; that it happened is seen in the server's processes. nginx keeps sessions in a
-shared cache over a reload, so there it is restarted. Keys that come from a file are the admin's, and are named.
+resumed sessions. A reload draws new ones; it is done when no process with the old ones takes connections any more.
+nginx keeps sessions in a shared cache over a reload, so there it is restarted. Keys from a file are named.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import signal
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from vmfork import settings
 from vmfork.actions import processes
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.processes import Process
+from vmfork.actions.tls_servers import SERVERS, Server, key_files, no_master
 from vmfork.errors import ActionError, ActionSkipped
 
 _PATIENCE_SEC = 6.0
 _MAX_CGROUP = 4096
-# The title of an nginx worker that takes connections; one that ends after a reload has another.
+# The title of an nginx worker that takes connections, over UDP too; one that ends after a reload has another.
 _NGINX_ACCEPTS = "nginx: worker process"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
-    """A known TLS server: its program, the signal that means "reload" to its first process, a check of its
-    configuration to pass before, and the names of the children that hold keys (none: any new child is the proof)."""
-
-    program: str
-    signal: signal.Signals
-    check: tuple[str, ...] = ()
-    holders: tuple[str, ...] = ()
-
-
-SERVERS: Mapping[str, Server] = {
-    "nginx": Server(program="nginx", signal=signal.SIGHUP),
-    "haproxy": Server(program="haproxy", signal=signal.SIGUSR2),
-    # On SIGUSR1 with a broken configuration apache ends, so that is tried before.
-    "apache2": Server(program="apache2", signal=signal.SIGUSR1, check=("apache2ctl", "configtest")),
-    "postfix": Server(program="/usr/lib/postfix/sbin/master", signal=signal.SIGHUP, holders=("tlsmgr",)),
-    "dovecot": Server(
-        program="dovecot",
-        signal=signal.SIGHUP,
-        holders=("imap-login", "pop3-login", "submission-login", "managesieve-login"),
-    ),
-}
-# It gives up root, so its processes prove nothing; only its unit is trusted.
-_EXIM, _EXIM_UNIT = "exim4", "exim4.service"
+_NGINX_CACHE = re.compile(r"^\s*ssl_session_cache\s[^;]*shared:", re.MULTILINE)
 
 
 def after_fork(context: ActionContext) -> None:
@@ -63,12 +36,9 @@ def after_fork(context: ActionContext) -> None:
     running = [(name, process) for name in wanted if name in SERVERS for process in firsts(context, SERVERS[name])]
     for name, process in running:
         _guarded(context, name, problems, lambda name=name, process=process: _renew(context, name, process))  # type: ignore[misc]
-    exim = _EXIM in wanted and context.run.find(_EXIM) is not None and context.run.is_active(_EXIM_UNIT)
-    if exim:
-        _guarded(context, _EXIM, problems, lambda: _reload_unit(context, _EXIM, _EXIM_UNIT))
     if problems:
         raise ActionError("; ".join(problems))
-    if not running and not exim:
+    if not running:
         raise ActionSkipped(f"none of these runs: {', '.join(wanted)}")
 
 
@@ -77,9 +47,13 @@ def firsts(context: ActionContext, server: Server) -> tuple[Process, ...]:
     program = context.run.find(server.program)
     if program is None:
         return ()
-    found = processes.daemons(context.paths, program)
+    found = processes.daemons(context.paths, program, owner=server.owner)
     own = {process.pid for process in found}
-    return tuple(process for process in found if process.parent not in own)
+    return tuple(
+        process
+        for process in found
+        if process.parent not in own and (server.word is None or any(map(server.word.fullmatch, process.argv[1:])))
+    )
 
 
 def unit_of(context: ActionContext, process: Process) -> str | None:
@@ -104,48 +78,49 @@ def _guarded(context: ActionContext, name: str, problems: list[str], deed: Calla
 
 
 def _renew(context: ActionContext, name: str, first: Process) -> None:
-    unit = unit_of(context, first)
-    restart = name == "nginx" and _nginx_keeps_sessions(context, first)
+    server, unit = SERVERS[name], unit_of(context, first)
     where = f"{name} ({unit or f'process {first.pid}'})"
+    text = server.configuration(context, first)
+    for path in key_files(name, text):
+        context.say(f"{name} takes ticket keys from {path}: that file is yours to renew")
+    restart = name == "nginx" and _NGINX_CACHE.search(text) is not None
     if context.would(f"{'restart' if restart else 'reload'} {where}, for new session ticket keys"):
         return
-    server = SERVERS[name]
     before = processes.children(context.paths, first.pid)
     if restart:
         _restart(context, first, unit)
-    elif unit is not None and _can_reload(context, unit):
-        context.run.systemctl("reload", "--", unit, timeout=_PATIENCE_SEC)
-    else:
-        _signal(context, name, server, first)
-    end = context.run.remaining(_PATIENCE_SEC)
-    if restart:
         context.say(f"restarted {where}: its shared session cache would outlive a reload")
-    elif not processes.wait_until(lambda: _is_renewed(context, server, first, before), timeout=end):
-        raise ActionError("was told to reload, and yet the processes with the old keys go on")
-    else:
-        context.say(f"reloaded {where}; verified: its processes are new")
+        return
+    if unit is not None and _can_reload(context, unit):
+        context.run.systemctl("reload", "--", unit, timeout=_PATIENCE_SEC)
+    elif name == "haproxy" and not before:
+        raise no_master(name)
+    elif not processes.tell(first, context.paths, server.signal):
+        raise ActionError("ended before it could be reloaded")
+    end = context.run.remaining(_PATIENCE_SEC)
+    if not processes.wait_until(lambda: _is_renewed(context, server, first, before), timeout=end):
+        raise ActionError("was told to reload, and yet a process with the old keys takes connections")
+    if processes.look(context.paths, first.pid) is None:
+        raise ActionError("ended when it was told to reload")
+    context.say(f"reloaded {where}; verified: no process with the old keys takes connections")
 
 
 def _is_renewed(context: ActionContext, server: Server, first: Process, before: tuple[Process, ...]) -> bool:
+    if server.execs:
+        now = processes.look(context.paths, first.pid)
+        return now is None or (now.image != first.image and processes.listens(context.paths, now.pid))
     old = {process.image for process in before}
-    now = processes.children(context.paths, first.pid)
-    if any(process.image in old and process.argv[:1] == (_NGINX_ACCEPTS,) for process in now):
-        return False
+    current = processes.children(context.paths, first.pid)
+    left = [process for process in current if process.image in old]
     if server.holders:
-        return not any(
-            process.image in old and process.argv and os.path.basename(process.argv[0].split()[0]) in server.holders
-            for process in now
-        )
-    return any(process.image not in old for process in now)
+        return not any(_name(process) in server.holders for process in left)
+    if any(process.argv[:1] == (_NGINX_ACCEPTS,) for process in left):
+        return False
+    return len(left) < len(current) and not any(processes.listens(context.paths, process.pid) for process in left)
 
 
-def _signal(context: ActionContext, name: str, server: Server, first: Process) -> None:
-    if name == "haproxy" and not processes.children(context.paths, first.pid):
-        raise ActionError("runs without a master process, so it cannot be reloaded", hint="start haproxy with -W")
-    if server.check:
-        context.run.check(*server.check)
-    if not processes.tell(first, context.paths, server.signal):
-        raise ActionError("ended before it could be reloaded")
+def _name(process: Process) -> str:
+    return os.path.basename(process.argv[0].split()[0]) if process.argv and process.argv[0].split() else ""
 
 
 def _restart(context: ActionContext, first: Process, unit: str | None) -> None:
@@ -157,34 +132,9 @@ def _restart(context: ActionContext, first: Process, unit: str | None) -> None:
         raise ActionError("was restarted, and yet the old process goes on")
 
 
-def _nginx_keeps_sessions(context: ActionContext, first: Process) -> bool:
-    """Whether sessions outlive a reload; ActionError where nginx would refuse its configuration."""
-    title = " ".join(first.argv)
-    options = [word for option in ("-c", "-p") for word in _option(title, option)]
-    text = context.run.check("nginx", "-T", "-q", *options, timeout=5).text
-    for path in re.findall(r"^\s*ssl_session_ticket_key\s+([^;]+);", text, re.MULTILINE):
-        context.say(f"nginx takes ticket keys from {path}: that file is yours to renew")
-    return re.search(r"^\s*ssl_session_cache\s[^;]*shared:", text, re.MULTILINE) is not None
-
-
-def _option(title: str, option: str) -> tuple[str, ...]:
-    # nginx writes its command line into the process title, joined by blanks.
-    found = re.search(rf"\s{option}\s*(\S+)", title)
-    return (option, found[1]) if found else ()
-
-
 def _can_reload(context: ActionContext, unit: str) -> bool:
     shown = context.run.run("systemctl", "show", "--property=CanReload", "--value", "--", unit, timeout=5)
     return shown.text.strip() == "yes"
-
-
-def _reload_unit(context: ActionContext, name: str, unit: str) -> None:
-    if context.would(f"reload {name} ({unit}), for new session keys"):
-        return
-    context.run.systemctl("reload", "--", unit, timeout=_PATIENCE_SEC)
-    if not context.run.is_active(unit):
-        raise ActionError(f"{unit} is no longer active after its reload")
-    context.say(f"reloaded {name} ({unit})")
 
 
 ACTION = Action(
