@@ -18,7 +18,7 @@ from vmfork.daemon.loop import Deadline, Loop
 from vmfork.daemon.reactorprocess import ReactorProcess
 from vmfork.jsonfields import Fields
 from vmfork.model import EventState, ForkEvent, HookOutcome, HookResult
-from vmfork.varlink.server import Call, Connection
+from vmfork.varlink.server import Call, Caller
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Reaction:
         self._process = process(self._reactor_ended)
         self._early = early
         self._job: Job | None = None
-        self._connection: Connection | None = None
+        self._connection: Caller | None = None
         self._failures = 0
         self._retry: Deadline | None = None
         self._overdue: Deadline | None = None
@@ -151,7 +151,7 @@ class Reaction:
 
     # A reactor that ended without a result.
 
-    def _connection_ended(self, connection: Connection) -> None:
+    def _connection_ended(self, connection: Caller) -> None:
         if connection is self._connection:
             self._connection = None
             self._try_again()

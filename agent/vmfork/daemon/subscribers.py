@@ -12,7 +12,7 @@ from collections.abc import Callable
 from vmfork.jsonfields import JsonObject
 from vmfork.model import ForkEvent
 from vmfork.varlink import framing
-from vmfork.varlink.server import Call, Connection
+from vmfork.varlink.server import Call, Caller
 
 FORK, SETTLED, BEFORE_SNAPSHOT, AFTER_SNAPSHOT = "fork", "settled", "before-snapshot", "after-snapshot"
 
@@ -41,7 +41,7 @@ class Subscribers:
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
-        self._all: dict[Connection, Subscriber] = {}
+        self._all: dict[Caller, Subscriber] = {}
 
     def add(
         self,
@@ -71,7 +71,7 @@ class Subscribers:
         for connection in list(self._all):
             connection.send_encoded(message)
 
-    def acknowledge(self, connection: Connection, *, generation: int, snapshot: int | None) -> bool:
+    def acknowledge(self, connection: Caller, *, generation: int, snapshot: int | None) -> bool:
         """A subscriber adapted, or is ready for a snapshot; False if this connection has no subscription."""
         subscriber = self._all.get(connection)
         if subscriber is None:
@@ -106,7 +106,7 @@ class Subscribers:
         """The tracked subscribers that are not ready for this snapshot."""
         return [one for one in self._all.values() if one.track and one.ready_for < snapshot]
 
-    def _gone(self, connection: Connection) -> None:
+    def _gone(self, connection: Caller) -> None:
         self._all.pop(connection, None)
         self._changed()
 

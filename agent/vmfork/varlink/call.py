@@ -7,16 +7,13 @@ with `continues` before that. Answers to a oneway call, or to a peer that has go
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from vmfork.errors import InputError, ProtocolError
 from vmfork.jsonfields import Fields, JsonObject, JsonValue
 from vmfork.varlink import framing
-
-if TYPE_CHECKING:
-    from vmfork.varlink.connection import Connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +25,20 @@ class Peer:
 
     uid: int
     pid: int
+
+
+class Caller(Protocol):
+    """The connection that a call came over. `on_close` is called once, when it has ended for whatever reason."""
+
+    peer: Peer
+    closed: bool
+    on_close: Callable[[], None] | None
+
+    def send_encoded(self, message: bytes) -> None: ...
+
+    def deliver(self, call: Call, message: bytes, *, final: bool) -> None: ...
+
+    def close(self, reason: str) -> None: ...
 
 
 class InvalidParameter(InputError):
@@ -52,7 +63,7 @@ class Call:
 
     __slots__ = ("connection", "finished", "held", "method", "more", "oneway", "parameters", "values")
 
-    def __init__(self, connection: Connection, message: JsonObject) -> None:
+    def __init__(self, connection: Caller, message: JsonObject) -> None:
         """ProtocolError if the message is no call."""
         place = f"varlink peer {connection.peer.pid}"
         fields = Fields(message, place)

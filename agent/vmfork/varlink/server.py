@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 from vmfork.errors import InputError, VmforkError
 from vmfork.varlink import framing, interface
-from vmfork.varlink.call import Call, InvalidParameter, Peer
+from vmfork.varlink.call import Call, Caller, InvalidParameter, Peer
 from vmfork.varlink.connection import Connection, Limits
 from vmfork.varlink.listen import identity, listen
 
-__all__ = ["Call", "Connection", "Handler", "Limits", "Peer", "Product", "Server"]
+__all__ = ["Call", "Caller", "Handler", "Limits", "Peer", "Product", "Server"]
 
 log = logging.getLogger(__name__)
 
