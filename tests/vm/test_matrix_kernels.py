@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lab import view
+from lab import programs, view
 from lab.clones import Clones, ready
 from lab.guest import Guest, Saved
 from lab.guests import Guests
@@ -21,8 +21,8 @@ Measure = Callable[[Guest, view.Event], view.Event]
 
 @pytest.fixture(scope="module")
 def bookworm(guests: Guests, lab: Path) -> Saved:
-    """A Debian 12 guest, whose cloud kernel 6.1 has no driver; saved while vmforkd polls."""
-    return ready(Guest(guests.bookworm(), "bookworm", lab, guid=uuid.uuid4())).save()
+    """A Debian 12 guest, whose cloud kernel 6.1 has no driver; saved while vmforkd polls and programs wait."""
+    return programs.start(ready(Guest(guests.bookworm(), "bookworm", lab, guid=uuid.uuid4()))).save()
 
 
 def test_without_a_device_nothing_is_noticed_and_doctor_says_so(guests: Guests, lab: Path, clones: Clones) -> None:
@@ -39,20 +39,24 @@ def test_without_a_device_nothing_is_noticed_and_doctor_says_so(guests: Guests, 
 def test_without_a_driver_the_timer_notices_and_clones_differ(
     bookworm: Saved, clones: Clones, measured: Measure
 ) -> None:
-    tokens, urandom = [], []
-    for number in range(3):
-        clone = clones.restore(bookworm, f"timer-{number}", guid=uuid.uuid4())
-        event = measured(clone, view.wait_event(clone, after=1))
-        assert clone.generation_id is not None
-        assert (event["generation"], event["kind"], event["state"]) == (2, "live", "settled"), event
-        assert event["edges"] == ["timer"]
-        assert event["generation_id"] == clone.generation_id.hex()
-        assert not view.failed_hooks(event)
-        tokens.append(event["token"])
-        urandom.append(set(view.drawn(clone, 1)["urandom"]))
-        assert [one["kind"] for one in view.fence(clone)] == ["live", "manual"]
-    assert len(set(tokens)) == 3
-    assert not urandom[0] & urandom[1] | urandom[0] & urandom[2] | urandom[1] & urandom[2]
+    tokens, urandom, by_programs = [], [], []
+    # No more at once than there are processors to emulate them.
+    for names in (("one", "two"), ("three", "four"), ("five",)):
+        for clone in [clones.restore(bookworm, f"timer-{name}", guid=uuid.uuid4()) for name in names]:
+            event = measured(clone, view.wait_event(clone, after=1))
+            assert clone.generation_id is not None
+            assert (event["generation"], event["kind"], event["state"]) == (2, "live", "settled"), event
+            assert event["edges"] == ["timer"]
+            assert event["generation_id"] == clone.generation_id.hex()
+            assert not view.failed_hooks(event)
+            tokens.append(event["token"])
+            urandom += view.drawn(clone, 1)["urandom"]
+            by_programs.append(programs.drawn(clone))
+            assert [one["kind"] for one in view.fence(clone)] == ["live", "manual"]
+            clone.pause()
+    assert len(set(tokens)) == 5
+    assert len(set(urandom)) == len(urandom)
+    programs.assert_clones_differ(by_programs)
 
 
 def test_without_a_driver_the_kernel_hands_the_same_bytes_to_every_clone(bookworm: Saved, clones: Clones) -> None:

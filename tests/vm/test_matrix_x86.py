@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 
 import pytest
-from lab import view
+from lab import programs, view
 from lab.clones import Clones
 from lab.guest import Guest, Saved
 
@@ -39,22 +39,25 @@ def assert_is_the_fork(guest: Guest, event: view.Event, *, generation: int = 2) 
 def test_five_clones_of_one_snapshot_each_see_one_fork_and_differ(
     trixie: Saved, clones: Clones, measured: Measure
 ) -> None:
-    tokens, drawn = [], []
+    tokens, drawn, by_programs = [], [], []
+    saved = programs.start(clones.restore(trixie, "with-programs", guid=guid_of(trixie))).save()
     # No more at once than there are processors to emulate them.
     for names in (("one", "two"), ("three", "four"), ("five",)):
-        for clone in [clones.restore(trixie, f"clone-{name}", guid=uuid.uuid4()) for name in names]:
+        for clone in [clones.restore(saved, f"clone-{name}", guid=uuid.uuid4()) for name in names]:
             event = measured(clone, view.wait_event(clone, after=1))
             assert_is_the_fork(clone, event)
             assert event["edges"] == ["kmsg"]
             assert event["detect_latency_us"] > 0
             tokens.append(event["token"])
             drawn.append(view.drawn(clone, 1))
+            by_programs.append(programs.drawn(clone))
             assert [one["kind"] for one in view.fence(clone)] == ["live", "manual"]
             clone.pause()
     assert len(set(tokens)) == len(tokens) == 5
     for what in ("urandom", "uuid4", "random", "client_random"):
         assert len({str(one[what]) for one in drawn}) == 5, what
     assert len({one["shared"] for one in drawn}) == 1, "these are no clones of one state"
+    programs.assert_clones_differ(by_programs)
 
 
 def test_a_restore_with_the_same_id_is_no_fork(trixie: Saved, clones: Clones) -> None:

@@ -34,6 +34,7 @@ _REPORT = {
     "journal": ("journalctl", "--boot", "--no-pager", "--output=short-monotonic"),
     "dmesg": ("dmesg",),
     "vmforkd.log": ("cat", "/run/vmforkd.log"),
+    "programs.log": ("cat", "/run/vmfork-lab.programs.log"),
     "doctor": ("vmforkctl", "doctor"),
     "status": ("vmforkctl", "status", "--json=pretty"),
     "list": ("vmforkctl", "list", "--json=pretty"),
