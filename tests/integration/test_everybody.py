@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -137,23 +137,35 @@ class Reader:
         return int(generation), int(when)
 
 
-def test_a_trigger_reaches_everybody(guest: FakeGuest, tmp_path: Path) -> None:
+def by_call(daemon: RunningDaemon) -> None:
+    with Client.connect(daemon.guest.paths.admin_socket) as admin:
+        admin.call("io.vmfork.Trigger", {"reason": "a test", "identity": None})
+
+
+def by_vmforkctl(daemon: RunningDaemon) -> None:
+    assert daemon.ctl("trigger", "--reason", "a test").returncode == 0
+
+
+# The command has to start first, which says more about this machine than about vmforkd.
+@pytest.mark.parametrize(("trigger", "in_time"), [(by_call, IN_TIME_SEC), (by_vmforkctl, PATIENCE_SEC)])
+def test_a_trigger_reaches_everybody(
+    guest: FakeGuest, tmp_path: Path, trigger: Callable[[RunningDaemon], None], in_time: float
+) -> None:
     commands = {
         "C program": [built(C_GUARD, tmp_path / "guard")],
         "sysgenid reader": [built(C_SYSGENID, tmp_path / "sysgenid"), guest.paths.dev_sysgenid],
         "Python guard": [sys.executable, "-c", PYTHON_GUARD],
         "varlink subscriber": [sys.executable, "-c", SUBSCRIBER],
     }
-    with RunningDaemon(guest), ExitStack() as stack:
+    with RunningDaemon(guest) as daemon, ExitStack() as stack:
         readers = {name: stack.enter_context(Reader(guest, command)) for name, command in commands.items()}
-        admin = stack.enter_context(Client.connect(guest.paths.admin_socket))
         asked = time.monotonic_ns()
-        admin.call("io.vmfork.Trigger", {"reason": "a test", "identity": None})
+        trigger(daemon)
         for name, reader in readers.items():
             generation, when = reader.saw()
             print(f"{name}: {(when - asked) / 1e6:.2f} ms")
             assert generation == 2
-            assert 0 < when - asked <= IN_TIME_SEC * 1e9
+            assert 0 < when - asked <= in_time * 1e9
 
 
 def test_a_fork_reaches_everybody_who_kept_the_page_over_a_restart(guest: FakeGuest, tmp_path: Path) -> None:
@@ -167,12 +179,3 @@ def test_a_fork_reaches_everybody_who_kept_the_page_over_a_restart(guest: FakeGu
         daemon.start()
         guest.fork(os.urandom(16))
         assert [reader.saw()[0] for reader in readers] == [2, 2]
-
-
-def test_vmforkctl_trigger_reaches_a_guard(guest: FakeGuest) -> None:
-    with RunningDaemon(guest) as daemon, Reader(guest, [sys.executable, "-c", PYTHON_GUARD]) as reader:
-        asked = time.monotonic_ns()
-        assert daemon.ctl("trigger", "--reason", "a test").returncode == 0
-        generation, when = reader.saw()
-        print(f"from the start of vmforkctl: {(when - asked) / 1e6:.0f} ms")
-        assert generation == 2
