@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from support import asl
 from support.fakeguest import FakeGuest
 from support.runningdaemon import RunningDaemon, environment, eventually, vmforkctl, vmforkd, write_hook
 from vmfork.page import DETECTION_EVENT, DETECTION_NONE, DETECTION_TIMER, read_page
@@ -140,6 +141,25 @@ def test_a_line_about_a_fork_that_the_timer_saw_already_is_not_another_one(guest
         guest.reseed_line()
         daemon.settled(2)
         assert len(daemon.forks()) == 1
+
+
+def test_the_memory_that_acpi_names_is_read_and_opened_once(guest: FakeGuest) -> None:
+    address, new = 0xE0000, fresh_id()
+    table = f'Device (\\_SB.VGEN) {{ Name (_HID, "VMGENCTR") Name (ADDR, Package () {{ {address}, 0 }}) }}'
+    Path(guest.paths.fw_cfg_guid).unlink()
+    guest.put(f"{guest.paths.acpi_tables}/DSDT", asl.dsdt(table))
+    for name, text in (("modalias", "acpi:VMGENCTR:VM_GEN_COUNTER:"), ("path", "\\_SB_.VGEN"), ("hid", "VMGENCTR")):
+        guest.put(f"{guest.paths.acpi_devices}/VMGENCTR:00/{name}", f"{text}\n".encode())
+    guest.put(guest.paths.physical_memory, bytes(address) + fresh_id())
+    with RunningDaemon(guest) as daemon:
+        assert _source(daemon, "acpi")["live"]
+        before = os.listdir(f"/proc/{daemon.pid}/fd")
+        for _ in range(5):
+            assert daemon.ctl("reload").returncode == 0
+        eventually(lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) <= len(before))
+        guest.put(guest.paths.physical_memory, bytes(address) + new)
+        guest.reseed_line()
+        assert daemon.settled(2)["generation_id"] == new.hex()
 
 
 def test_a_changed_vmclock_counter_is_an_event(guest: FakeGuest) -> None:
