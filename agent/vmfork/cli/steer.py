@@ -4,32 +4,39 @@
 from __future__ import annotations
 
 import argparse
+import select
 import sys
 
 from vmfork.cli import EXIT_FAILED
-from vmfork.cli.output import print_json, print_table, remark, wants_json
+from vmfork.cli.output import GREEN, colour, print_json, print_table, remark, wants_json
 from vmfork.cli.reach import call, connect
 from vmfork.jsonfields import Fields, JsonObject
 from vmfork.model import EventState, ForkEvent
 from vmfork.paths import Paths
-from vmfork.varlink.client import RemoteError
+from vmfork.reactor.reports import TerminalReporter
+from vmfork.varlink.client import Client, RemoteError
 
 # Hooks may take their time; each has its own limit, and the daemon knows them.
 _PATIENCE_SEC = 3600.0
+# How often a person at a terminal is shown what has ended meanwhile: the stream tells the end of all only.
+_LOOK_SEC = 0.1
 _FINE = ("ok", "skipped", "masked")
 
 
 def trigger(options: argparse.Namespace) -> int:
-    """Act as if this guest was forked."""
+    """Act as if this guest was forked; on a terminal, show what the hooks do. 0 whatever they end with."""
     paths = Paths.from_environment()
     if options.dry_run:
         return _plan(options, options.identity)
-    answer = call(paths, "Trigger", {"reason": options.reason, "identity": options.identity}, admin=True)
-    event = ForkEvent.from_json(answer.object("event"))
+    asked: JsonObject = {"reason": options.reason, "identity": options.identity}
+    if _is_watched(options):
+        _followed(options, paths, asked)
+        return 0
+    event = ForkEvent.from_json(call(paths, "Trigger", asked, admin=True).object("event"))
     if wants_json(options):
         print_json(options, event.to_json(with_ids=True))
     elif not options.quiet:
-        print(f"generation {event.generation}, identity: {event.identity.policy.value} ({event.identity.reason})")
+        print(_heading(event))
     return 0
 
 
@@ -38,24 +45,74 @@ def rotate(options: argparse.Namespace) -> int:
     paths = Paths.from_environment()
     if options.dry_run:
         return _plan(options, "rotate")
-    with connect(paths, admin=True, timeout=_PATIENCE_SEC) as stream:
-        replies = stream.stream("io.vmfork.Subscribe", {"track": False, "after": None})
-        next(replies)
-        asked = {"reason": "vmforkctl rotate", "identity": "rotate"}
-        event = ForkEvent.from_json(call(paths, "Trigger", dict(asked), admin=True).object("event"))
-        remark(options, f"generation {event.generation}: rotating the identity of this guest")
-        for reply in replies:
-            notice = Fields(reply, "notice")
-            shown = notice.object_or_none("event")
-            if notice.text("notice") == "settled" and shown is not None:
-                return _result(options, ForkEvent.from_json(shown))
-    return EXIT_FAILED
+    event = _followed(options, paths, {"reason": "vmforkctl rotate", "identity": "rotate"})
+    return EXIT_FAILED if event is None else _result(options, event)
+
+
+def _heading(event: ForkEvent) -> str:
+    return f"generation {event.generation}, identity: {event.identity.policy.value} ({event.identity.reason})"
+
+
+def _is_watched(options: argparse.Namespace) -> bool:
+    """Whether a person looks who wants to see hook by hook what happens."""
+    return sys.stdout.isatty() and not wants_json(options) and not options.quiet
+
+
+def _followed(options: argparse.Namespace, paths: Paths, asked: JsonObject) -> ForkEvent | None:
+    """Trigger a fork and wait for the end of its reaction, or of a newer one's; None where the daemon ended before."""
+    reporter = _reporter() if _is_watched(options) else None
+    with connect(paths, admin=True, timeout=_PATIENCE_SEC) as stream, connect(paths, admin=True) as other:
+        stream.send("io.vmfork.Subscribe", {"track": False, "after": None}, more=True)
+        next(stream.replies(timeout=_PATIENCE_SEC))
+        answer = Fields(other.call("io.vmfork.Trigger", asked), "answer to Trigger")
+        event = ForkEvent.from_json(answer.object("event"))
+        if reporter is not None:
+            print(_heading(event), flush=True)
+        elif asked["identity"] == "rotate":
+            remark(options, f"generation {event.generation}: rotating the identity of this guest")
+        generation = event.generation
+        while stream.streaming:
+            news = select.select([stream], [], [], None if reporter is None else _LOOK_SEC)[0]
+            ended = _ended(stream, event.generation) if news else None
+            if reporter is not None and (ended is not None or not news):
+                now = ended or _last_fork(other)
+                if now is not None and now.generation > generation:
+                    print(f"superseded by {_heading(now)}", flush=True)
+                    generation, reporter = now.generation, _reporter()
+                reporter.follow(now.hooks if now is not None and now.generation == generation else ())
+            if ended is not None:
+                if reporter is not None:
+                    reporter.finished(ended.state, ended.clock_step_ns)
+                return ended
+    return None
+
+
+def _reporter() -> TerminalReporter:
+    return TerminalReporter(colour=colour("", GREEN) != "")
+
+
+def _ended(stream: Client, generation: int) -> ForkEvent | None:
+    """The event of a notice, if one has arrived, that the reaction to this generation or a newer one is over."""
+    while (reply := stream.receive()) is not None:
+        notice = Fields(reply, "reply").object("parameters")
+        shown = notice.object_or_none("event")
+        if notice.text("notice") == "settled" and shown is not None:
+            event = ForkEvent.from_json(shown)
+            if event.generation >= generation:
+                return event
+    return None
+
+
+def _last_fork(client: Client) -> ForkEvent | None:
+    status = Fields(client.call("io.vmfork.GetStatus", {}), "answer to GetStatus").object("status")
+    shown = status.object_or_none("last_fork")
+    return None if shown is None else ForkEvent.from_json(shown)
 
 
 def _result(options: argparse.Namespace, event: ForkEvent) -> int:
     if wants_json(options):
         print_json(options, event.to_json(with_ids=True))
-    elif not options.quiet:
+    elif not options.quiet and not _is_watched(options):
         _print_hooks(options, [hook.to_json() for hook in event.hooks])
     failed = _complain([hook.to_json() for hook in event.hooks])
     return EXIT_FAILED if failed or event.state is EventState.FAILED else 0
