@@ -9,7 +9,7 @@ when a fork is waiting.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vmfork import ids, settings
 from vmfork.config import Config
@@ -37,6 +37,10 @@ _IN_MEMORY = ("devicetree", "acpi")
 _READS = 8
 
 
+def _nothing() -> None:
+    """There is no memory to close."""
+
+
 class Sources:
     """The edges and truths of this guest, as the last probe found them."""
 
@@ -46,6 +50,7 @@ class Sources:
         listens = not paths.is_fake and config.get(settings.UEVENT) == "auto"
         self.uevent = Uevent() if listens else None
         self._device = VmclockDevice(paths)
+        self._close_memory: Callable[[], None] = _nothing
         self._live: dict[Role, frozenset[str]] = {}
         self.probe(config)
 
@@ -53,6 +58,7 @@ class Sources:
         """Look again for everything that can come and go: devices, memory, what vmclock offers."""
         self._memory_policy = config.get(settings.PHYSICAL_MEMORY)
         self._device.close()
+        self._close_memory()
         self.vmclock = VmclockPoll(self._device)
         self._counter = VmclockCounter(self._device)
         self._fw_cfg = FwCfgGenerationId(self._paths)
@@ -84,6 +90,7 @@ class Sources:
         from vmfork.truths.physmem import PhysicalMemory
 
         memory = PhysicalMemory(self._paths)
+        self._close_memory = memory.close
         truths = (DeviceTreeGenerationId(self._paths, memory), AcpiGenerationId(self._paths, memory))
         return tuple(truth for truth in truths if self._try(truth) is not None)
 
@@ -194,3 +201,4 @@ class Sources:
         for edge in self.edges():
             edge.close()
         self._device.close()
+        self._close_memory()
