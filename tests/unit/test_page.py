@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import re
+import shlex
 import signal
 import stat
 import struct
@@ -20,6 +22,8 @@ import vmfork
 from vmfork.errors import InputError, Unavailable
 from vmfork.page import (
     DETECTION_EVENT,
+    DETECTION_NONE,
+    DETECTION_OFFSET,
     DETECTION_TIMER,
     PAGE_SIZE,
     STATE_FAILED,
@@ -31,6 +35,7 @@ from vmfork.page import (
 )
 
 TOKEN = bytes(range(16))
+UNITS = Path(vmfork.__file__).parents[2] / "units"
 
 
 @pytest.fixture
@@ -314,3 +319,24 @@ def test_a_writer_killed_anywhere_leaves_a_page_that_the_next_one_repairs(path: 
             assert repaired.current.generation >= last
             last = repaired.current.generation
             assert read_page(path) == repaired.current
+
+
+@pytest.mark.parametrize("unit", ["vmforkd.service", "vmfork-unwatched.service"])
+def test_a_unit_of_a_dead_daemon_changes_the_field_detection_and_no_other(unit: str, tmp_path: Path) -> None:
+    (command,) = re.findall(r"^Exec\w+=[-+]*(/bin/dd .*)$", (UNITS / unit).read_text(), re.M)
+    page = tmp_path / "generation"
+    words = shlex.split(command.replace("/run/vmfork/generation", str(page)))
+    assert subprocess.run(words, check=False, stderr=subprocess.DEVNULL).returncode != 0
+    assert not page.exists()
+    with PageWriter(str(page)) as writer:
+        writer.publish(
+            generation=7, token=TOKEN, detected_at_ns=8, boottime_ns=9, state=STATE_FAILED, detection=DETECTION_EVENT
+        )
+    before = page.read_bytes()
+    page.chmod(0o644)
+    subprocess.run(words, check=True)
+    assert read_page(str(page)).detection == DETECTION_NONE
+    after = page.read_bytes()
+    assert after[:DETECTION_OFFSET] + after[DETECTION_OFFSET + 4 :] == (
+        before[:DETECTION_OFFSET] + before[DETECTION_OFFSET + 4 :]
+    )

@@ -28,7 +28,15 @@ LEVELS = {"cli": 4, "__main__": 4, "daemon": 4, "detector": 3, "reactor": 3, "ac
 LEVELS |= {"edges": 2, "truths": 2, "varlink": 2}
 
 # What the units start, in the places where both releases of Debian may look for it.
-PROGRAMS = ("usr/bin/python3", "usr/bin/vmforkctl", "usr/bin/sh", "bin/sh", "usr/sbin/modprobe", "sbin/modprobe")
+PROGRAMS = (
+    "usr/bin/python3",
+    "usr/bin/vmforkctl",
+    "usr/bin/sh",
+    "bin/sh",
+    "bin/dd",
+    "usr/sbin/modprobe",
+    "sbin/modprobe",
+)
 
 # Each third-party library has one door.
 DOORS = {"pyudev": "vmfork.edges.uevent", "systemd": "vmfork.sysd", "pyroute2": "vmfork.actions.netlink"}
@@ -262,14 +270,7 @@ def unit_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(system, target, symlinks=True, ignore=shutil.ignore_patterns("vmfork*"))
     for unit in UNIT_FILES:
         shutil.copy(UNITS / unit, target)
-    for program in (
-        "usr/bin/python3",
-        "usr/bin/vmforkctl",
-        "usr/bin/sh",
-        "bin/sh",
-        "usr/sbin/modprobe",
-        "sbin/modprobe",
-    ):
+    for program in PROGRAMS:
         path = root / program
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("#!/bin/true\n")
