@@ -74,6 +74,32 @@ while time.monotonic() - start < 100 and (len(seen) < 3 or not seen[-1][1]):
 print(json.dumps(seen))
 """
 
+# A unit that its administrator does not want to come back, so that the page stays as the dead daemon left it.
+_NO_RESTART = "[Service]\nRestart=no\n"
+
+# What strict guards say before and after, and the milliseconds from the daemon's death to 0 in the page, all of it
+# measured here with one clock: a pidfd tells when the process is dead.
+_DEATH = """
+import json, mmap, os, select, struct, subprocess, sys, time, vmfork
+page = mmap.mmap(os.open("/run/vmfork/generation", os.O_RDONLY), 4096, prot=mmap.PROT_READ)
+watched = lambda: struct.unpack_from("<I", page, 56)[0]
+guard = vmfork.Guard("page", strict=True)
+before = [watched(), guard.forked()]
+dead = select.poll()
+dead.register(os.pidfd_open(int(sys.argv[1])), select.POLLIN)
+subprocess.Popen(["systemctl", "kill", "--signal=KILL", "--kill-whom=" + sys.argv[2], "vmforkd.service"])
+assert dead.poll(60_000)
+start = time.monotonic()
+while watched() and time.monotonic() - start < 30:
+    time.sleep(0.002)
+took = time.monotonic() - start
+try:
+    after = guard.forked()
+except vmfork.Unavailable:
+    after = "Unavailable"
+print(json.dumps({"before": before, "detection": watched(), "after": after, "ms": took * 1000}))
+"""
+
 
 def entries(guest: Guest) -> list[dict[str, str]]:
     """The whole journal of this boot."""
@@ -148,6 +174,21 @@ def test_a_killed_daemon_leaves_a_page_that_says_so_and_comes_back(trixie: Saved
     assert main_process(guest, "vmforkd.service") not in ("0", before)
     assert view.status(guest)["generation"] == 1
     assert [one["kind"] for one in view.fence(guest)] == ["manual"]
+
+
+@pytest.mark.parametrize("whom", ["main", "all"])
+def test_within_a_second_of_the_daemons_death_the_page_says_that_nobody_watches(
+    trixie: Saved, clones: Clones, whom: str
+) -> None:
+    guest = clones.restore(trixie, f"dead-{whom}", guid=trixie.guid)
+    view.put(guest, "/run/systemd/system/vmforkd.service.d/lab.conf", _NO_RESTART)
+    guest.check("systemctl", "daemon-reload")
+    seen = guest.json("python3", "-c", _DEATH, main_process(guest, "vmforkd.service"), whom, timeout=120)
+    print(f"nobody watches {seen['ms']:.0f} ms after the daemon's death")
+    assert seen["before"] == [2, False]
+    assert (seen["detection"], seen["after"]) == (0, "Unavailable")
+    assert seen["ms"] < 1000
+    assert guest.run("systemctl", "is-active", "vmforkd.service").stdout != "active\n"
 
 
 def test_every_fork_starts_what_is_wanted_by_the_target(trixie: Saved, clones: Clones) -> None:
