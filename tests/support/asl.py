@@ -167,9 +167,9 @@ DefinitionBlock ("", "DSDT", 2, "VMFORK", "XEN", 1) {
 }
 """
 
-# What iasl refuses and firmware has nevertheless: hardware IDs of any form, a field beyond its region, and what only
-# a broken method does.
-_TOLERATED = [word for number in ("6002", "6031", "6035", "6058", "6066") for word in ("-vw", number)]
+# What iasl refuses and firmware has nevertheless: hardware IDs of any form, or none (an error since 2025), a field
+# beyond its region, and what only a broken method does.
+_TOLERATED = [word for number in ("6002", "6031", "6035", "6058", "6066", "6141") for word in ("-vw", number)]
 
 ALL = (FIRECRACKER, BHYVE, QEMU_DSDT, QEMU, HYPERV_OLD, HYPERV_NEW, XEN)
 
