@@ -35,6 +35,7 @@ class Chroot:
             *(f"mount -t tmpfs -o mode=0755 tmpfs {root}/{name}" for name in ("dev", "run")),
             f"mkdir -p {root}/run/lock {root}/dev/shm {root}/dev/pts",
             *(f"touch {root}/dev/{node}; mount --bind /dev/{node} {root}/dev/{node}" for node in _NODES),
+            f"mount -t devpts -o newinstance,ptmxmode=0666 devpts {root}/dev/pts; ln -s pts/ptmx {root}/dev/ptmx",
             f"ln -s /proc/self/fd {root}/dev/fd",
         ]
 
@@ -42,10 +43,8 @@ class Chroot:
         """What a shell script in there prints, both streams; with `check`, a failure is an AssertionError."""
         inside = ["chroot", str(self.root), "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
         inside += ["HOME=/root", "DEBIAN_FRONTEND=noninteractive", "sh", "-ec", script]
-        command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private", "--"]
-        command += ["sh", "-c", "\n".join([*self._mounts(), f"exec {shlex.join(inside)}"])]
         done = subprocess.run(
-            command,
+            self.around(inside),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -57,6 +56,11 @@ class Chroot:
         if check:
             assert done.returncode == 0, f"{script}\nexit status {done.returncode}\n{done.stdout[-4000:]}"
         return done.stdout
+
+    def around(self, command: list[str]) -> list[str]:
+        """The same command of the host, made to run where `root` is mounted."""
+        namespace = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private", "--"]
+        return [*namespace, "sh", "-c", "\n".join([*self._mounts(), f"exec {shlex.join(command)}"])]
 
     def files(self) -> frozenset[str]:
         """Every path below the root that the test's own layer has changed or added."""
