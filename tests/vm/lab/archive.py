@@ -17,13 +17,29 @@ from lab.host import LabError, tool
 
 # Guests are small and short-lived: nobody reads manual pages or changes the language in them.
 _LEAN = ("/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/i18n/*")
+# Where a guest finds the packages that its archive offers: it has no network.
+_OFFER = "srv/archive"
+_KEEP_OFFER = """
+set -eu
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+rm -f "$1"/var/cache/apt/archives/*.deb
+apt-get --quiet --quiet --yes --no-install-recommends --download-only install {packages}
+mkdir -p "$1/{offer}"
+mv "$1"/var/cache/apt/archives/*.deb "$1/{offer}/"
+cd "$1/{offer}"
+{index} packages . >Packages
+echo "deb [trusted=yes] file:/{offer} ./" >"$1/etc/apt/sources.list"
+"""
 # What a merged-/usr system has and base-files would create in a maintainer script.
 _MERGED = ("bin", "sbin", "lib", "lib64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packages:
-    """A selection of Debian packages with their dependencies, without recommendations."""
+    """A selection of Debian packages with their dependencies, without recommendations.
+
+    `offered` are not installed: they lie in an archive in the tree, with what they need, the only one its apt knows.
+    """
 
     name: str
     suite: str
@@ -31,11 +47,14 @@ class Packages:
     include: tuple[str, ...]
     backports: bool = False
     installed: bool = False
+    offered: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """Changes whenever the tree would be built differently."""
-        return cache.key_of(asdict(self), _LEAN, _MERGED)
+        described = asdict(self)
+        recipe = (_KEEP_OFFER,) if described.pop("offered") else ()
+        return cache.key_of(described, _LEAN, _MERGED, *((self.offered, recipe) if recipe else ()))
 
 
 def mirror() -> str:
@@ -63,6 +82,9 @@ def unpack(packages: Packages, directory: Path) -> None:
         suites.append(f"{packages.suite}-backports")
         options.append(f'--aptopt=APT::Default-Release "{packages.suite}-backports"')
     options += [f"--dpkgopt=path-exclude={pattern}" for pattern in _LEAN]
+    if packages.offered:
+        script = _KEEP_OFFER.format(packages=" ".join(packages.offered), offer=_OFFER, index=tool("apt-ftparchive"))
+        options.append(f"--customize-hook={script}")
     command = [
         tool("mmdebstrap"), "--quiet", "--mode=root",
         f"--variant={'essential' if packages.installed else 'extract'}",

@@ -21,12 +21,25 @@ _SYSTEMD_PACKAGES = (
     "systemd", "systemd-sysv", "udev", "dbus", "kmod", "procps", "iproute2", "busybox-static", "openssh-server",
     "openssl", "python3", "python3-pyudev", "python3-systemd", "python3-pyroute2", "stress-ng",
 )  # fmt: skip
+# A guest as it comes: of vmfork's dependencies it has Python alone, the others are offered by its archive.
+_FRESH_PACKAGES = (
+    "apt", "systemd", "systemd-sysv", "udev", "dbus", "kmod", "procps", "iproute2", "busybox-static", "openssh-server",
+    "python3",
+)  # fmt: skip
+_OFFERED = ("python3-pyroute2", "python3-pyudev", "python3-systemd")
+# Of use to a few tests only, which unpack it for themselves.
+_BESIDE = ("network-manager",)
 _MINI_PACKAGES = ("busybox-static", "openssl", "python3", "python3-pyudev", "python3-systemd", "python3-pyroute2")
 
 
 def _systemd_base(suite: str) -> Packages:
     return Packages(
-        name=f"root-{suite}-amd64", suite=suite, architecture="amd64", include=_SYSTEMD_PACKAGES, installed=True
+        name=f"root-{suite}-amd64",
+        suite=suite,
+        architecture="amd64",
+        include=_SYSTEMD_PACKAGES,
+        installed=True,
+        offered=_BESIDE if suite == "trixie" else (),
     )
 
 
@@ -64,6 +77,25 @@ class Guests:
         )
         return Spec(
             name="bookworm-amd64", image=made, emulator=host_emulator("x86_64"), machine=_X86, acpi_vmgenid=True
+        )
+
+    def fresh(self, suite: str) -> Spec:
+        """x86, a Debian release that vmfork is yet to be installed in; its archive offers what vmfork depends on."""
+        base = Packages(
+            name=f"fresh-{suite}-amd64",
+            suite=suite,
+            architecture="amd64",
+            include=_FRESH_PACKAGES,
+            installed=True,
+            offered=_OFFERED,
+        )
+        made = image.systemd_image(f"image-fresh-{suite}-amd64", base, cloud_kernel(suite, "amd64"), None)
+        return Spec(
+            name=f"fresh-{suite}-amd64",
+            image=made,
+            emulator=host_emulator("x86_64"),
+            machine=_X86,
+            acpi_vmgenid=True,
         )
 
     def backports(self) -> Spec:

@@ -17,6 +17,7 @@ _TOOLS = {
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-img": "qemu-utils",
     "mmdebstrap": "mmdebstrap",
+    "apt-ftparchive": "apt-utils",
     "dtc": "device-tree-compiler",
     "mke2fs": "e2fsprogs",
     "setpriv": "util-linux",
