@@ -306,6 +306,33 @@ def test_a_cold_fork_with_another_smbios_uuid_rotates_the_identity(guest: FakeGu
         assert "SMBIOS" in identity["reason"]
 
 
+@pytest.mark.parametrize(("instance", "policy"), [("i-another", "rotate"), ("i-same", "keep")])
+def test_a_cloud_that_names_the_instance_only_after_the_early_boot_is_heard(
+    guest: FakeGuest, instance: str, policy: str
+) -> None:
+    guest.set_instance_id("i-same")
+    with RunningDaemon(guest) as daemon:
+        daemon.stop()
+        guest.set_generation_id(fresh_id())
+        guest.set_boot_id(OTHER_BOOT)
+        write_hook(guest, "10-note", 'echo "$VMFORK_IDENTITY" >>"$VMFORK_ROOT/ran"')
+        command = [sys.executable, "-m", "vmfork.daemon", "--root", str(guest.root), "--boot"]
+        boot = subprocess.run(command, env=environment(), check=True, timeout=60, capture_output=True, text=True)
+        assert "without a result" not in boot.stderr
+        # What cloud-init does later in the boot, before vmforkd's turn.
+        guest.set_instance_id(instance)
+        daemon.start()
+        event = daemon.settled(2)
+        assert (event["kind"], event["identity"]["policy"]) == ("cold", policy)
+        assert "cloud instance-id" in event["identity"]["reason"]
+        assert len(daemon.forks()) == 1
+        # What has run with the right policy is not run again.
+        assert (guest.root / "ran").read_text().split() == (["keep", "rotate"] if policy == "rotate" else ["keep"])
+        daemon.stop()
+        daemon.start()
+        assert len(daemon.forks()) == 1, "the new name is what the next boot compares with"
+
+
 def test_another_smbios_uuid_alone_is_no_event(guest: FakeGuest) -> None:
     guest.set_smbios_uuid("11111111-1111-1111-1111-111111111111")
     with RunningDaemon(guest) as daemon:

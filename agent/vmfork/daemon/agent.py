@@ -78,11 +78,22 @@ class Vmforkd:
         self._began = False
         self.watch.start()
         if unfinished and not self._began:
+            self._reconsider()
             self.settlement.resume()
         if self._early:
             self._run_early()
         else:
             self._run_on()
+
+    def _reconsider(self) -> None:
+        """The early boot decided before cloud-init asked the cloud who this is: by now it may be known as a clone."""
+        event = self.ledger.event
+        if event is None or event.kind is not Kind.COLD or event.identity.policy is not IdentityPolicy.KEEP:
+            return
+        now = self.watch.identity(Kind.COLD)
+        if now.policy is IdentityPolicy.ROTATE:
+            log.info("generation %d: its identity is to be rotated after all: %s", event.generation, now.reason)
+            self.ledger.revise(now)
 
     def _run_on(self) -> None:
         self.watch.settle_baseline()
@@ -243,5 +254,5 @@ class Vmforkd:
             self.reaction.end(call)
             return
         # The early boot only edited files: the fork stays unhandled, and vmforkd finishes it once it is up.
-        call.reply()
+        self.reaction.put_off(call)
         self.loop.stop()

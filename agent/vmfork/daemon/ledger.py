@@ -3,8 +3,7 @@
 
 A fork goes into /run first (what is about to be published, as a note of one system call), then onto the page, to the
 watchers, and into the whole memory in /run. When the reaction ended it goes into the history and only then counts as
-handled on disk. A disk that refuses is a problem to
-report, not a reason to stop: what it did not take is written again with the next change.
+handled on disk. A disk that refuses is a problem to report, not a reason to stop: the next change tells it again.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from vmfork.blake2 import blake2b
 from vmfork.detector import GENERATION_ID, Memory
 from vmfork.errors import InputError
 from vmfork.history import HistoryWriter
-from vmfork.model import Detection, EventState, ForkEvent, HookResult
+from vmfork.model import Detection, EventState, ForkEvent, HookResult, Identity
 from vmfork.paths import Paths
 from vmfork.state import Remembered, Saved
 
@@ -187,10 +186,7 @@ class Ledger:
             self._remember(replace(self.remembered, event=replace(self.event, detect_latency_us=microseconds)))
 
     def save_progress(self) -> None:
-        """After a fork was published: what the disk should know but the watchers need not wait for.
-
-        The counter, so that it never goes back over a power cut, and the forks that were superseded.
-        """
+        """For the disk, after a fork was published: the counter, which never goes back, and forks superseded by it."""
         self._save(replace(self.saved, generation=self.generation))
         self._write_history()
 
@@ -203,6 +199,11 @@ class Ledger:
         # A file for each of a thousand would cost the square of their number; the hook of a lost one runs again.
         if len(event.hooks) <= _ALL_NOTED or len(event.hooks) % _ALL_NOTED == 0:
             self._remember(self.remembered)
+
+    def revise(self, identity: Identity) -> None:
+        """The newest fork is another case than was thought: all its hooks are still to be run, under this identity."""
+        if self.event is not None:
+            self._remember(replace(self.remembered, event=replace(self.event, identity=identity, hooks=())))
 
     def close_event(
         self,

@@ -142,6 +142,13 @@ class Reaction:
         call.reply()
         job.ended(job, outcome, step)
 
+    def put_off(self, call: Call) -> None:
+        """All that can be done for now is done: the job is not ended, but nobody waits for its result any more."""
+        if self._current_job(call) is not None:
+            self._job = None
+            self._connection = None
+            call.reply()
+
     def _current_job(self, call: Call) -> Job | None:
         job = self._job
         if job is None or call.parameters.text("token") != job.token or call.connection is not self._connection:
