@@ -2,8 +2,9 @@
 """`make breaks`: breaks vmfork on purpose, one thing at a time, and shows that the matrix turns red.
 
 A test that stays green whatever is broken proves nothing. Each break is made in a copy of the last commit; the rows
-that depend on what was broken must fail, and one that does not must still pass, or the guest itself is broken. Words on the
-command line choose among the breaks by their names.
+that depend on what was broken must fail, and one that does not must still pass, or the guest itself is broken.
+
+Words on the command line choose among the breaks by their names.
 """
 
 from __future__ import annotations
