@@ -152,6 +152,32 @@ def test_dhcpcd_renews_when_the_identity_is_kept(network: DhcpNetwork) -> None:
     assert network.addresses() == before
 
 
+def test_dhcpcd_for_ipv6_gets_a_new_duid(network: DhcpNetwork) -> None:
+    network.dnsmasq()
+    network.wait_for(lambda: "tentative" not in network.ip(network.client, "-6 addr show dev c0"), what="DAD")
+    wire = network.capture(network.server, "s0")
+    dhcpcd = need("dhcpcd", package="dhcpcd-base")
+    # No router answers here, and without one dhcpcd asks no server unless it is told to.
+    configuration = network.top / "dhcpcd.conf"
+    configuration.write_text("duid\nipv6only\nnoipv6rs\nia_na\n")
+    assert network.call("mount", "--bind", str(configuration), "/etc/dhcpcd.conf").returncode == 0
+    started = network.call(dhcpcd, "--waitip", "c0")
+    assert started.returncode == 0, started.stderr
+    network.wait_for(lambda: len(network.addresses(6)) == 1, what="an address")
+    before = network.addresses(6)
+    frame = wire.wait(lambda frame: 1 in (options6(frame) or {}))
+    assert frame is not None
+    old = (options6(frame) or {})[1]
+    wire.forget()
+    done = network.leases(environment=ROTATE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    frame = wire.wait(lambda frame: 1 in (options6(frame) or {}))
+    assert frame is not None
+    assert (options6(frame) or {})[1] != old
+    network.wait_for(lambda: len(network.addresses(6)) == 1, what="one address")
+    assert network.addresses(6) != before
+
+
 def test_a_static_configuration_is_left_alone(network: DhcpNetwork) -> None:
     network.dnsmasq()
     network.ip(network.client, "addr add 192.0.2.9/24 dev c0")

@@ -113,11 +113,11 @@ def name_of(index: int) -> str | None:
         return None
 
 
-def wait_for_restart(context: ActionContext, unit: str) -> None:
+def wait_for_restart(context: ActionContext, plan: Plan, unit: str) -> None:
     """Restart a unit without blocking, then wait until another main process runs it. ActionError if none does."""
     before = main_process(context, unit)
     context.run.systemctl("try-restart", unit, no_block=True)
-    end = time.monotonic() + context.run.remaining(10)
+    end = time.monotonic() + context.run.remaining(max(10.0, plan.wait_sec))
     while main_process(context, unit) in (before, "0", "") or not context.run.is_active(unit):
         if time.monotonic() >= end:
             raise ActionError(f"{unit} was not restarted in time")
@@ -126,4 +126,4 @@ def wait_for_restart(context: ActionContext, unit: str) -> None:
 
 def main_process(context: ActionContext, unit: str) -> str:
     """The ID of a unit's main process as systemd prints it."""
-    return context.run.run("systemctl", "show", "--property=MainPID", "--value", unit, timeout=5).text.strip()
+    return context.run.run("systemctl", "show", "--property=MainPID", "--value", unit).text.strip()

@@ -101,7 +101,9 @@ def _daemons(context: ActionContext, program: str) -> tuple[Daemon, ...]:
             continue
         main = processes.look(context.paths, process.parent)
         has_main = main is not None and main.argv[:1] and main.argv[0].startswith("dhcpcd:")
-        family = (main, process) if main is not None and has_main else (process,)
+        first = main if main is not None and has_main else process
+        # Its proxies hold the ports of DHCP, and some of them outlive the others' end by a signal.
+        family = (first, *processes.descendants(context.paths, first.pid))
         found.append(Daemon(processes=family, interface=title[0], version=title[1]))
     return tuple(found)
 
@@ -130,7 +132,7 @@ def _rotate(context: ActionContext, plan: Plan, program: str, daemons: tuple[Dae
     if not os.path.exists(duid):
         files.replace_file(duid, plan.duid.hex(":").encode() + b"\n", mode=0o644)
     if managed:
-        dhcp.wait_for_restart(context, _UNIT)
+        dhcp.wait_for_restart(context, plan, _UNIT)
     else:
         scope = ("systemd-run", "--scope", "--quiet", "--collect", "--") if context.run.systemd else ()
         for daemon in daemons:

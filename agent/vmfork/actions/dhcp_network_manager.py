@@ -59,7 +59,7 @@ def care(context: ActionContext, plan: Plan) -> tuple[str, ...]:
     before = {device.name: options(context, device.name) for device in found}
     if plan.rotate:
         forget(context, plan)
-        dhcp.wait_for_restart(context, _UNIT)
+        dhcp.wait_for_restart(context, plan, _UNIT)
     problems = [problem for device in found if (problem := _renew(context, plan, device, before[device.name]))]
     if problems:
         raise ActionError("; ".join(problems))
@@ -68,7 +68,7 @@ def care(context: ActionContext, plan: Plan) -> tuple[str, ...]:
 
 def devices(context: ActionContext) -> tuple[Device, ...]:
     """The connected devices whose connection has DHCP or router advertisements (method auto)."""
-    listed = context.run.check("nmcli", "-t", "-e", "no", "-f", "DEVICE,STATE,CON-UUID", "device", timeout=5).text
+    listed = context.run.check("nmcli", "-t", "-e", "no", "-f", "DEVICE,STATE,CON-UUID", "device").text
     found = []
     for line in listed.splitlines():
         # A device name may hold colons, the other two fields may not.
@@ -76,7 +76,7 @@ def devices(context: ActionContext) -> tuple[Device, ...]:
         if state != "connected" or not _UUID.fullmatch(connection):
             continue
         methods = context.run.check(
-            "nmcli", "-g", "ipv4.method,ipv6.method", "connection", "show", "uuid", connection, timeout=5
+            "nmcli", "-g", "ipv4.method,ipv6.method", "connection", "show", "uuid", connection
         ).text.split()
         if {"auto", "dhcp"} & set(methods):
             found.append(Device(name=name, connection=connection))
@@ -85,7 +85,7 @@ def devices(context: ActionContext) -> tuple[Device, ...]:
 
 def options(context: ActionContext, name: str) -> dict[str, str]:
     """The DHCP options of a device's leases."""
-    told = context.run.run("nmcli", "-t", "-e", "no", "-f", "DHCP4,DHCP6", "device", "show", name, timeout=5).text
+    told = context.run.run("nmcli", "-t", "-e", "no", "-f", "DHCP4,DHCP6", "device", "show", name).text
     return {found[1]: found[2].strip() for line in told.splitlines() if (found := _OPTION.match(line))}
 
 
@@ -96,14 +96,15 @@ def _renew(context: ActionContext, plan: Plan, device: Device, before: dict[str,
         now = options(context, device.name)
         return bool(now) and any(now.get(key) != before.get(key) for key in _TIMES)
 
-    up = ("nmcli", "--wait", "15", "connection", "up", "uuid", device.connection, "ifname", device.name)
+    wait = str(max(15, round(plan.wait_sec)))
+    up = ("nmcli", "--wait", wait, "connection", "up", "uuid", device.connection, "ifname", device.name)
     if plan.rotate:
-        context.run.check(*up)
+        context.run.check(*up, timeout=float(wait) + 5)
     else:
         applied = context.run.run("nmcli", "--wait", "5", "device", "reapply", device.name)
         # Where nothing changed in the connection, NetworkManager may keep the lease as it is.
         if before and not (applied.ok and dhcp.wait_for_lease(context, plan, is_new)):
-            context.run.check(*up)
+            context.run.check(*up, timeout=float(wait) + 5)
     if not before:
         context.say(f"{device.name}: NetworkManager applied the connection again; it has no DHCP lease to verify")
         return None

@@ -87,7 +87,7 @@ def care(context: ActionContext, plan: Plan) -> tuple[str, ...]:
     before = {index: lease(context.paths, index) for index in found}
     anew = plan.rotate and not all(kept is not None and _is_of_this_machine(context, kept) for kept in before.values())
     if anew:
-        dhcp.wait_for_restart(context, _UNIT)
+        dhcp.wait_for_restart(context, plan, _UNIT)
     verb = "reconfigure" if anew else "renew"
     for name in found.values():
         context.run.check("networkctl", verb, name)

@@ -61,6 +61,18 @@ def children(paths: Paths, pid: int) -> tuple[Process, ...]:
     return tuple(child for child in found if child is not None and child.parent == pid)
 
 
+def descendants(paths: Paths, pid: int) -> tuple[Process, ...]:
+    """The children of a process, theirs, and so on, nearest first."""
+    everybody = [process for process in (look(paths, one) for one in _pids(paths)) if process is not None]
+    found: list[Process] = []
+    parents = {pid}
+    while parents:
+        nearest = [process for process in everybody if process.parent in parents and process not in found]
+        found += nearest
+        parents = {process.pid for process in nearest}
+    return tuple(found)
+
+
 def look(paths: Paths, pid: int) -> Process | None:
     """One process, None if there is none with this ID."""
     place = os.path.join(paths.processes, str(pid))
