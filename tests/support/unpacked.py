@@ -45,18 +45,26 @@ def unpack(place: Path, *packages: str) -> Path:
 
 
 class Unpacked:
-    """Programs of unpacked packages, in a mount and a process namespace, with this machine's network."""
+    """Programs of unpacked packages, in a mount and a process namespace.
 
-    def __init__(self, tree: Path, scratch: Path, users: Sequence[str]) -> None:
-        self._layer = scratch / "etc"
-        self._layer.mkdir(parents=True)
+    They have this machine's network, or that of the network namespace `network`. `more` are lines of a shell script
+    that are run there first. Files below `etc` are laid over those of the packages.
+    """
+
+    def __init__(
+        self, tree: Path, scratch: Path, users: Sequence[str], *, network: str | None = None, more: Sequence[str] = ()
+    ) -> None:
+        self.etc = scratch / "etc"
+        self.etc.mkdir(parents=True)
+        self._enter = ("nsenter", f"--net=/run/netns/{network}") if network else ()
+        self._more = more
         self._tree = tree
         for name, form in (("passwd", "{}:x:{}:{}::/nonexistent:/usr/sbin/nologin"), ("group", "{}:x:{}:")):
             lines = [
                 line for line in Path("/etc", name).read_text().splitlines() if line.partition(":")[0] not in users
             ]
             lines += [form.format(user, number, number) for number, user in enumerate(users, _FIRST_ID)]
-            (self._layer / name).write_text("\n".join(lines) + "\n")
+            (self.etc / name).write_text("\n".join(lines) + "\n")
         self._holder: subprocess.Popen[bytes] | None = None
         self._first = 0
         self._children: list[subprocess.Popen[bytes]] = []
@@ -64,15 +72,25 @@ class Unpacked:
     def __enter__(self) -> Unpacked:
         layers: dict[str, list[Path]] = {
             "/usr": [self._tree / "usr", Path("/usr")],
-            "/etc": [self._layer, self._tree / "etc", Path("/etc")],
+            "/etc": [self.etc, self._tree / "etc", Path("/etc")],
         }
         script = ["set -eu"]
         for target, below in layers.items():
             lower = ":".join(str(path) for path in below if path.is_dir())
             script.append(f"mount -t overlay overlay -o {shlex.quote(f'lowerdir={lower}')} {target}")
         # The first process adopts and reaps what daemonizes, and its end is the end of all.
-        script += ["mount -t proc proc /proc", "echo ready", "sleep infinity & wait"]
-        command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private", "--"]
+        script += ["mount -t proc proc /proc", *self._more, "echo ready", "sleep infinity & wait"]
+        command = [
+            *self._enter,
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--propagation",
+            "private",
+            "--",
+        ]
         self._holder = subprocess.Popen([*command, "sh", "-c", "\n".join(script)], stdout=subprocess.PIPE)
         assert self._holder.stdout is not None
         if self._holder.stdout.readline() != b"ready\n":
@@ -97,7 +115,7 @@ class Unpacked:
 
     def command(self, *argv: str) -> list[str]:
         """A command line that runs `argv` in there."""
-        return ["nsenter", f"--target={self._first}", "--mount", "--pid", "--", *argv]
+        return ["nsenter", f"--target={self._first}", "--mount", "--pid", "--net", "--", *argv]
 
     def start(self, *argv: str) -> None:
         """Start a program that ends with this object."""

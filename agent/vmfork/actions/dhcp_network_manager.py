@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leases of NetworkManager: applied again when the identity is kept, taken anew under a new secret when it rotates.
+"""Leases of NetworkManager: asked for again when the identity is kept, taken anew under a new secret when it rotates.
 
 Its stable identifiers come from secret_key and the machine ID, which it reads at its start. A restart leaves the
 connections up; each one with DHCP is then brought up again. Connections with static addresses are left alone.
@@ -21,6 +21,8 @@ from vmfork.errors import ActionError
 _UNIT = "NetworkManager.service"
 _OPTION = re.compile(r"DHCP[46]\.OPTION\[\d+\]:(\w+) = (.*)")
 _TIMES = ("expiry", "dhcp_lease_time", "life_starts", "max_life")
+# How many seconds to wait for an answer, for the moment that it takes to put the profile's own value back.
+_HARMLESS = ("ipv4.dhcp-timeout", "101", "ipv6.dhcp-timeout", "101")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -101,8 +103,10 @@ def _renew(context: ActionContext, plan: Plan, device: Device, before: dict[str,
     if plan.rotate:
         context.run.check(*up, timeout=float(wait) + 5)
     else:
+        # Only where something changed in the connection does NetworkManager ask the server again, and so does it again
+        # when it is as it was. To bring the connection up would take the addresses away meanwhile.
+        context.run.run("nmcli", "--wait", "5", "device", "modify", device.name, *_HARMLESS)
         applied = context.run.run("nmcli", "--wait", "5", "device", "reapply", device.name)
-        # Where nothing changed in the connection, NetworkManager may keep the lease as it is.
         if before and not (applied.ok and dhcp.wait_for_lease(context, plan, is_new)):
             context.run.check(*up, timeout=float(wait) + 5)
     if not before:
