@@ -35,7 +35,7 @@ from vmfork.page import (
 )
 
 TOKEN = bytes(range(16))
-UNITS = Path(vmfork.__file__).parents[2] / "units"
+UNITS = Path(__file__).resolve().parents[2] / "units"
 
 
 @pytest.fixture
