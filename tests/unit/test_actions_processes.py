@@ -137,3 +137,14 @@ def test_a_daemon_of_its_own_account_counts_only_where_that_account_is_named(pro
         assert processes.daemons(PATHS, str(program)) == ()
         assert processes.daemons(PATHS, str(program), owner="no-such-account") == ()
         assert [found.pid for found in processes.daemons(PATHS, str(program), owner="nobody")] == [child.pid]
+
+
+def test_grandchildren_are_descendants_and_strangers_are_not(program: Path) -> None:
+    with running("sh", "-c", f"sh -c '{program} 60 & wait' & wait") as child, running(str(program), "60") as stranger:
+        assert processes.wait_until(lambda: len(processes.descendants(PATHS, child.pid)) == 2, timeout=10)
+        nearest, farthest = processes.descendants(PATHS, child.pid)
+        assert (nearest.parent, farthest.parent) == (child.pid, nearest.pid)
+        assert processes.wait_until(lambda: _has_executed(farthest.pid), timeout=10)
+        assert stranger.pid not in (nearest.pid, farthest.pid)
+        for one in (farthest, nearest):
+            assert processes.kill(one, PATHS, timeout=5)
