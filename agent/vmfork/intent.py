@@ -64,8 +64,12 @@ class IntentFile:
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         # Room for every later note, now: a full /run must not be in the way of a fork.
-        if os.fstat(self._descriptor).st_size < _SIZE:
-            os.pwrite(self._descriptor, b"\n" * _SIZE, 0)
+        try:
+            if os.fstat(self._descriptor).st_size < _SIZE:
+                os.pwrite(self._descriptor, b"\n" * _SIZE, 0)
+        except OSError:
+            os.close(self._descriptor)
+            raise
 
     def write(self, intent: Intent) -> bool:
         """Replace the note; False where the intent does not fit in. OSError if the kernel refuses."""

@@ -261,11 +261,11 @@ def memory_file(data: bytes) -> None:
     ledger.complete(250)
     ledger.save_progress()
     assert ledger.generation == ledger.remembered.generation == fresh.generation > generation
-    ledger.page.close()
+    ledger.close()
     again = Ledger(paths)
     assert again.event is not None
     assert (again.event.token, again.generation) == (token, fresh.generation)
-    again.page.close()
+    again.close()
 
 
 def history_file(data: bytes) -> None:

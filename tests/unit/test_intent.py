@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,11 @@ def test_a_note_without_end_is_an_input_error(path: str) -> None:
     Path(path).write_bytes(b" " * 10_000)
     with pytest.raises(InputError):
         intent.load(path)
+
+
+def test_a_note_without_room_leaves_no_descriptor_open() -> None:
+    # The books try again with growing pauses for as long as there is no room.
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="No space left"):
+        IntentFile("/dev/full")
+    assert len(os.listdir("/proc/self/fd")) == before
