@@ -9,6 +9,7 @@ hypervisors do for a guest that is running, so the template's configuration name
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -44,6 +45,20 @@ Interfaces=eth0
 
 [Hook 40-leases]
 WaitSec=60
+"""
+# Identifiers that NetworkManager derives from its secret key and the machine ID, not from the MAC address.
+_NM_CONNECTION = """[connection]
+id=lan
+type=ethernet
+interface-name=eth0
+
+[ipv4]
+method=auto
+dhcp-client-id=stable
+
+[ipv6]
+method=link-local
+addr-gen-mode=stable-privacy
 """
 # Keeps a reaction at its beginning until the test lets it go.
 _HOLD = "/run/vmfork-lab.hold"
@@ -112,24 +127,55 @@ def moments(guests: Guests, lab: Path, lan: Switch) -> Moments:
     return Moments(member=named(member, "renewing a lease"), template=template, was=was)
 
 
+@pytest.fixture(scope="module")
+def managed(moments: Moments) -> tuple[Saved, Machine]:
+    """The same guest with NetworkManager in the place of systemd-networkd, and who it was then."""
+    guest = moments.member.restore("managed", guid=moments.member.guid)
+    try:
+        guest.check("sh", "-ec", 'for deb in /srv/archive/*.deb; do dpkg-deb -x "$deb" /; done', timeout=180)
+        view.put(guest, "/etc/NetworkManager/system-connections/lan.nmconnection", _NM_CONNECTION, mode="0600")
+        # These clones are about their addresses; the other hooks were shown, and would take most of the time.
+        masked = "cd /usr/lib/vmfork/hooks.d; for hook in [0-9]*; do ln -s /dev/null /etc/vmfork/hooks.d/$hook; done"
+        guest.check("sh", "-ec", f"{masked}; cd /etc/vmfork/hooks.d; rm 20-machine-id 35-mac-address 40-leases")
+        networkd = ("systemd-networkd.socket", "systemd-networkd.service")
+        guest.check("systemctl", "disable", "--now", *networkd, timeout=120)
+        guest.check("ip", "address", "flush", "dev", "eth0")
+        guest.check("busctl", "call", "org.freedesktop.DBus", "/", "org.freedesktop.DBus", "ReloadConfig")
+        guest.check("systemctl", "daemon-reload", timeout=120)
+        guest.check("systemctl", "start", "NetworkManager.service", timeout=180)
+        guest.until("sh", "-c", "nmcli -g DHCP4 device show eth0 | grep -q client_identifier", what="a lease")
+        was = machine(guest, managed=True)
+        member = guest.save()
+    except BaseException:
+        guest.report(ARTIFACTS / "network-manager")
+        guest.kill()
+        raise
+    return named(member, "NetworkManager"), was
+
+
 def named(saved: Saved, what: str) -> Saved:
     """The same saved guest, under a name of its own in the table of latencies."""
     return replace(saved, spec=replace(saved.spec, name=f"{saved.spec.name}, {what}"))
 
 
-def machine(guest: Guest) -> Machine:
-    """Ask a guest who it is; it has exactly one address of each kind."""
+def machine(guest: Guest, *, managed: bool = False) -> Machine:
+    """Ask a guest, `managed` by NetworkManager or not, who it is; it has exactly one address of each kind."""
     show = "ip -o addr show dev eth0"
     (address,) = (line.split()[3] for line in guest.check("sh", "-c", f"{show} | grep -w inet").splitlines())
     (link_local,) = (line.split()[3] for line in guest.check("sh", "-c", f"{show} | grep -w inet6").splitlines())
-    lease = guest.check("cat", "/run/systemd/netif/leases/2").splitlines()
+    if managed:
+        options = guest.check("nmcli", "-e", "no", "-g", "DHCP4", "device", "show", "eth0")
+        client_id = re.search(r"dhcp_client_identifier = ([0-9a-f:]+)", options)
+    else:
+        client_id = re.search("^CLIENTID=(.*)$", guest.check("cat", "/run/systemd/netif/leases/2"), re.MULTILINE)
+    assert client_id
     return Machine(
         machine_id=guest.check("cat", "/etc/machine-id").strip(),
         host_key=guest.check("cut", "-d ", "-f1,2", "/etc/ssh/ssh_host_ed25519_key.pub").strip(),
         mac=guest.check("cat", "/sys/class/net/eth0/address").strip(),
         address=address.partition("/")[0],
         link_local=link_local.partition("/")[0],
-        client_id=next(line.partition("=")[2] for line in lease if line.startswith("CLIENTID=")),
+        client_id=client_id[1],
     )
 
 
@@ -213,3 +259,18 @@ def test_a_rollback_keeps_its_identity_and_renews_its_lease(
     assert "DHCPDISCOVER" not in words
     assert "DHCPRELEASE" not in words
     guest.check("busybox", "ping", "-c", "3", "-W", "10", SERVER)
+
+
+def test_a_rollback_under_network_manager_keeps_its_identity_and_renews_its_lease(
+    managed: tuple[Saved, Machine], lan: Switch, clones: Clones, measured: Measure
+) -> None:
+    member, was = managed
+    logged = len(lan.logged())
+    guest = clones.restore(member, "managed-back", guid=uuid.uuid4())
+    event = measured(guest, view.wait_event(guest, after=1, timeout=400))
+    assert (event["state"], event["identity"]["policy"]) == ("settled", "keep")
+    assert {one["name"]: one["result"] for one in event["hooks"]}["40-leases"] == "ok"
+    assert machine(guest, managed=True) == was
+    words = lan.logged()[logged:]
+    assert f"DHCPACK(lan) {was.address} {MAC}" in words
+    assert "DHCPRELEASE" not in words

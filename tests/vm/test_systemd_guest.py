@@ -191,6 +191,23 @@ def test_within_a_second_of_the_daemons_death_the_page_says_that_nobody_watches(
     assert guest.run("systemctl", "is-active", "vmforkd.service").stdout != "active\n"
 
 
+def test_a_clock_that_is_behind_is_stepped_and_the_event_says_how_far(trixie: Saved, clones: Clones) -> None:
+    guest = clones.restore(trixie, "behind", guid=trixie.guid)
+    # The guest has none of its own; what counts is that a unit of this name is told.
+    view.put(guest, "/run/systemd/system/systemd-timesyncd.service", "[Service]\nExecStart=sleep infinity\n")
+    guest.check("systemctl", "start", "systemd-timesyncd.service")
+    before = main_process(guest, "systemd-timesyncd.service")
+    guest.check("date", "--set=-1 hour")
+    guest.check("vmforkctl", "trigger")
+    event = view.wait_event(guest, after=1)
+    assert not view.failed_hooks(event)
+    # Beside that hour the guest lacks the time from its save to its restore.
+    assert 3590e9 < event["clock_step_ns"] < 7200e9
+    ahead = guest.check("sh", "-c", "echo $(($(cat /sys/class/rtc/rtc0/since_epoch) - $(date +%s)))")
+    assert abs(int(ahead)) < 5
+    assert main_process(guest, "systemd-timesyncd.service") not in ("0", before)
+
+
 def test_every_fork_starts_what_is_wanted_by_the_target(trixie: Saved, clones: Clones) -> None:
     guest = clones.restore(trixie, "target", guid=trixie.guid)
     view.put(guest, "/etc/systemd/system/lab-wanted.service", _WANTED_UNIT)
