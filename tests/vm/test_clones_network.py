@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clones of a running guest on one virtual switch with one DHCP server, under systemd-networkd.
+"""Clones of a running guest on one virtual switch with one DHCP server, under systemd-networkd and NetworkManager.
 
 The guest is booted once and saved twice while it runs: as an ordinary member of its network, and as a template that
 `vmforkctl prepare --template` declared. QEMU restores a network card with the MAC address that the guest had, as other
@@ -128,8 +128,8 @@ def moments(guests: Guests, lab: Path, lan: Switch) -> Moments:
 
 
 @pytest.fixture(scope="module")
-def managed(moments: Moments) -> tuple[Saved, Machine]:
-    """The same guest with NetworkManager in the place of systemd-networkd, and who it was then."""
+def managed(moments: Moments) -> Moments:
+    """The same guest with NetworkManager in the place of systemd-networkd."""
     guest = moments.member.restore("managed", guid=moments.member.guid)
     try:
         guest.check("sh", "-ec", 'for deb in /srv/archive/*.deb; do dpkg-deb -x "$deb" /; done', timeout=180)
@@ -145,17 +145,21 @@ def managed(moments: Moments) -> tuple[Saved, Machine]:
         guest.check("systemctl", "start", "NetworkManager.service", timeout=180)
         guest.until("sh", "-c", "nmcli -g DHCP4 device show eth0 | grep -q client_identifier", what="a lease")
         was = machine(guest, managed=True)
-        member = guest.save()
+        member = guest.save(go_on=True)
+        guest.check("vmforkctl", "prepare", "--template")
+        template = guest.save()
     except BaseException:
         guest.report(ARTIFACTS / "network-manager")
         guest.kill()
         raise
-    return named(member, "NetworkManager"), was
+    return Moments(
+        member=named(member, "NetworkManager, renewing"), template=named(template, "NetworkManager"), was=was
+    )
 
 
 def named(saved: Saved, what: str) -> Saved:
     """The same saved guest, under a name of its own in the table of latencies."""
-    return replace(saved, spec=replace(saved.spec, name=f"{saved.spec.name}, {what}"))
+    return replace(saved, spec=replace(saved.spec, name=f"{saved.spec.name.partition(',')[0]}, {what}"))
 
 
 def machine(guest: Guest, *, managed: bool = False) -> Machine:
@@ -261,16 +265,39 @@ def test_a_rollback_keeps_its_identity_and_renews_its_lease(
     guest.check("busybox", "ping", "-c", "3", "-W", "10", SERVER)
 
 
-def test_a_rollback_under_network_manager_keeps_its_identity_and_renews_its_lease(
-    managed: tuple[Saved, Machine], lan: Switch, clones: Clones, measured: Measure
+def test_two_clones_of_a_template_under_network_manager_end_as_two_machines(
+    managed: Moments, lan: Switch, clones: Clones, measured: Measure
 ) -> None:
-    member, was = managed
+    pair = [clones.restore(managed.template, f"managed-{number}", guid=uuid.uuid4()) for number in (1, 2)]
+    for clone in pair:
+        event = measured(clone, view.wait_event(clone, after=1, timeout=400))
+        assert (event["state"], event["identity"]["policy"]) == ("settled", "rotate")
+        results = {one["name"]: one["result"] for one in event["hooks"]}
+        assert {results[name] for name in ("20-machine-id", "35-mac-address", "40-leases")} == {"ok"}
+
+    now = [machine(clone, managed=True) for clone in pair]
+    for what in ("machine_id", "mac", "address", "link_local", "client_id"):
+        values = {getattr(one, what) for one in (*now, managed.was)}
+        assert len(values) == 3, f"{what} is shared: {values}"
+    # What arrived at the server: expiry, MAC address, address, name, client identifier.
+    leased = {line.split()[2]: line.split() for line in lan.leases.read_text().splitlines()}
+    assert [(leased[one.address][1], leased[one.address][4]) for one in now] == [
+        (one.mac, one.client_id) for one in now
+    ]
+    secrets = {clone.check("sha256sum", "/var/lib/NetworkManager/secret_key") for clone in pair}
+    assert len(secrets) == 2
+    pair[0].until("busybox", "ping", "-c", "1", "-W", "10", now[1].address)
+
+
+def test_a_rollback_under_network_manager_keeps_its_identity_and_renews_its_lease(
+    managed: Moments, lan: Switch, clones: Clones, measured: Measure
+) -> None:
     logged = len(lan.logged())
-    guest = clones.restore(member, "managed-back", guid=uuid.uuid4())
+    guest = clones.restore(managed.member, "managed-back", guid=uuid.uuid4())
     event = measured(guest, view.wait_event(guest, after=1, timeout=400))
     assert (event["state"], event["identity"]["policy"]) == ("settled", "keep")
     assert {one["name"]: one["result"] for one in event["hooks"]}["40-leases"] == "ok"
-    assert machine(guest, managed=True) == was
+    assert machine(guest, managed=True) == managed.was
     words = lan.logged()[logged:]
-    assert f"DHCPACK(lan) {was.address} {MAC}" in words
+    assert f"DHCPACK(lan) {managed.was.address} {MAC}" in words
     assert "DHCPRELEASE" not in words
