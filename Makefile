@@ -57,7 +57,7 @@ breaks: $(STAMP)
 
 bench: $(STAMP)
 	@$(PLOTTING)
-	@PYTHONPATH=tests:agent $(PYTHON) -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
+	@PYTHONPATH=tests:tests/vm:agent $(PYTHON) -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
 
 lint: $(STAMP)
 	@$(PYTHON) -m pytest -q tests/unit/test_static.py

@@ -20,6 +20,7 @@ _TITLES = {
     "peers": "Peers, on the same work",
     "growth": "Growth",
     "fleet": "A fleet of clones",
+    "guest": "In a forked guest (emulated)",
 }
 
 _HEAD = """<!-- Written by `make bench`; change tests/bench, not this file. -->
@@ -35,8 +36,7 @@ make bench ONLY=edge   # one chapter; the others keep their last values
 
 Figures are medians, then the quartiles as their spread; n is the number of samples. Rows in italics are what vmfork is
 compared with. What is compared is taken in turns within one run, so that a busy moment of the machine hits all alike.
-The raw values are in `artifacts/bench/`. What only a forked guest can show (resume to page, to hook, to settled) is
-measured by the virtual machine tests.
+The raw values are in `artifacts/bench/`.
 """
 
 

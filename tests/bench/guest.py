@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a forked guest shows: from the resume to the page, to the first hook and to the end; pages written.
+
+Times are on the guest's own CLOCK_BOOTTIME, which stands still between the save and the resume. Its last reading before
+the save is taken a moment too early, so that every figure is an upper bound. The guests are emulated: what takes a real
+machine some ten to fifty milliseconds takes them a second, so these rows are to be compared with each other only.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lab import host, view
+from lab.clones import ready
+from lab.guest import Guest, Saved
+from lab.guests import Guests
+from lab.payload import payload
+from lab.workspace import workspace
+
+from bench.samples import Chapter, Series
+
+_NOW = "import time; print(time.clock_gettime_ns(time.CLOCK_BOOTTIME))"
+_PAGES = "/run/vmfork-bench-pages"
+# Soft-dirty bits (bit 55 of a page's entry) of the process that is named on the command line.
+_COUNT_PAGES = """
+import os, sys
+verb, pid = sys.argv[1:]
+if verb == "clear":
+    open(f"/proc/{pid}/clear_refs", "w").write("4")
+else:
+    count = 0
+    entries = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
+    for line in open(f"/proc/{pid}/maps"):
+        first, last = (int(end, 16) // 4096 for end in line.split()[0].split("-"))
+        if "[vsyscall]" not in line:
+            data = memoryview(os.pread(entries, (last - first) * 8, first * 8)).cast("Q")
+            count += sum(1 for entry in data if entry >> 55 & 1 and entry >> 63)
+    print(count)
+"""
+# The same daemon with a garbage collector that may look at, and so write to, every object that was there before.
+_UNFROZEN = """[Service]
+ExecStart=
+ExecStart=/usr/bin/python3 -I -c "import gc, runpy; gc.freeze = lambda: None; \
+runpy.run_module('vmfork.daemon', run_name='__main__', alter_sys=True)"
+"""
+
+
+def measure(restores: int) -> Chapter:
+    chapter = Chapter(name="guest")
+    missing = host.missing()
+    if missing:
+        chapter.remarks.append(f"Not measured: {missing}.")
+        return chapter
+    guests = Guests(payload())
+    with workspace() as directory:
+        for processors in (1, 2):
+            with _booted(guests, directory, processors) as guest:
+                chapter.series += _times(guest, f"{processors} vCPU, idle", restores, go_on=True)
+                if processors == 1:
+                    chapter.series += _written(guest)
+                _load(guest, processors)
+                chapter.series += _times(guest, f"{processors} vCPU, all of them busy", restores, go_on=False)
+    return chapter
+
+
+@contextmanager
+def _booted(guests: Guests, directory: Path, processors: int) -> Iterator[Guest]:
+    guest = Guest(guests.trixie(processors=processors), f"bench-{processors}", directory, guid=uuid.uuid4())
+    try:
+        yield ready(guest, probe=False)
+    finally:
+        guest.kill()
+
+
+def _load(guest: Guest, processors: int) -> None:
+    guest.check("systemd-run", "stress-ng", f"--cpu={processors}", timeout=120)
+    guest.until("sh", "-c", "test $(pgrep -c stress-ng) -ge 2", seconds=120, what="the load began")
+
+
+def _times(guest: Guest, where: str, restores: int, *, go_on: bool) -> list[Series]:
+    read_at = int(guest.check("python3", "-c", _NOW))
+    saved = guest.save(go_on=go_on)
+    key = where.partition(",")[0][0] + where[-4:]
+    found = [
+        Series(key=f"{what}-{key}", what=f"resume to {name}, at most: {where}", unit="ms")
+        for what, name in (("page", "the page"), ("hook", "the first hook"), ("settled", "the end of the last hook"))
+    ]
+    for number in range(restores):
+        with _clone(saved, f"{guest.name}-{key}-{number}", guid=uuid.uuid4()) as clone:
+            event = view.wait_event(clone, after=1, timeout=300)
+            marks = [now * 1e9 for _, _, token, now in view.hook_trace(clone) if token == event["token"]]
+            for series, at in zip(found, (event["boottime_ns"], marks[0], marks[-1]), strict=True):
+                series.values.append((at - read_at) / 1e6)
+    return found
+
+
+@contextmanager
+def _clone(saved: Saved, name: str, *, guid: uuid.UUID | None) -> Iterator[Guest]:
+    clone = saved.restore(name, guid=guid)
+    try:
+        yield clone
+    finally:
+        clone.kill()
+
+
+def _written(guest: Guest) -> list[Series]:
+    """Pages of the detector that a clone has for itself, each written to since the snapshot."""
+    view.put(guest, _PAGES, _COUNT_PAGES)
+    found = [_written_since(guest, "as shipped", "frozen")]
+    view.put(guest, "/run/systemd/system/vmforkd.service.d/unfrozen.conf", _UNFROZEN)
+    guest.check("systemctl", "daemon-reload")
+    guest.check("systemctl", "restart", "vmforkd", timeout=120)
+    found.append(_written_since(guest, "without gc.freeze()", "unfrozen"))
+    guest.check("rm", "/run/systemd/system/vmforkd.service.d/unfrozen.conf")
+    guest.check("systemctl", "daemon-reload")
+    guest.check("systemctl", "restart", "vmforkd", timeout=120)
+    return [one for pair in found for one in pair]
+
+
+def _written_since(guest: Guest, how: str, key: str) -> tuple[Series, Series]:
+    pid = guest.check("systemctl", "show", "--property=MainPID", "--value", "vmforkd").strip()
+    guest.check("python3", _PAGES, "clear", pid)
+    saved = guest.save(go_on=True)
+    counts = []
+    for name, guid in (("idle", saved.guid), ("fork", uuid.uuid4())):
+        with _clone(saved, f"pages-{key}-{name}", guid=guid) as clone:
+            if name == "fork":
+                view.wait_event(clone, after=1)
+            else:
+                # The hypervisor's notification has come and was no fork: that is all that ever wakes an idle clone.
+                clone.until("grep", "-q", "^ *[1-9]", "/sys/firmware/acpi/interrupts/gpe05", what="the notification")
+            counts.append(float(clone.check("python3", _PAGES, "count", pid)))
+    idle, fork = counts
+    return (
+        Series(
+            key=f"written-idle-{key}",
+            what=f"pages written after a restore, no fork: {how}",
+            unit="pages",
+            values=[idle],
+        ),
+        Series(key=f"written-fork-{key}", what=f"pages written by one fork: {how}", unit="pages", values=[fork]),
+    )
