@@ -159,6 +159,6 @@ def test_the_bench_s_own_machinery_runs_on_this_interpreter() -> None:
     assert shutil.which(guest_python()) is not None
 
 
-def _python_path() -> tuple[Path, Path]:
+def _python_path() -> tuple[Path, ...]:
     top = HERE.parent.parent
-    return top / "agent", top / "tests"
+    return top / "agent", top / "tests", top / "tests/vm"
