@@ -152,7 +152,7 @@ def test_no_log_environment_or_command_line_holds_a_generation_id() -> None:
 
 def test_no_unit_leaves_a_core_dump() -> None:
     services = sorted((TOP / "units").glob("*.service"))
-    assert len(services) == 3
+    assert services
     for service in services:
         assert "LimitCORE=0" in service.read_text().splitlines(), service.name
 
