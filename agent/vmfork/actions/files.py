@@ -155,6 +155,15 @@ def _write_in_place(path: str, data: bytes) -> None:
         os.close(fd)
 
 
+def beginning(path: str, limit: int) -> str:
+    """So many bytes of a file as text, those that are no UTF-8 escaped; "" where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit).decode("utf-8", "surrogateescape")
+    except OSError:
+        return ""
+
+
 def _write_all(fd: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:

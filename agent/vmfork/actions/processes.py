@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vmfork.actions.files import beginning
 from vmfork.paths import Paths
 
 _MAX_PROCESSES = 65536
@@ -46,7 +47,7 @@ def daemons(paths: Paths, program: str, *, owner: str | None = None) -> tuple[Pr
     found = []
     for pid in _pids(paths):
         place = os.path.join(paths.processes, str(pid))
-        if _text(f"{place}/comm", 64).strip() in (name, os.path.basename(program)[:15]) and _is_trusted(
+        if beginning(f"{place}/comm", 64).strip() in (name, os.path.basename(program)[:15]) and _is_trusted(
             paths, place, wanted, uids
         ):
             process = look(paths, pid)
@@ -77,11 +78,11 @@ def look(paths: Paths, pid: int) -> Process | None:
     """One process, None if there is none with this ID."""
     place = os.path.join(paths.processes, str(pid))
     # proc(5): the name, in parentheses, may hold anything; fields are counted from behind it.
-    fields = _text(f"{place}/stat", 4096).rpartition(")")[2].split()
+    fields = beginning(f"{place}/stat", 4096).rpartition(")")[2].split()
     # A process on its way out loses its address space (its size is 0) before it is called a zombie.
     if len(fields) < 26 or fields[0] in ("Z", "X") or fields[20] == "0":
         return None
-    words = _text(f"{place}/cmdline", _MAX_COMMAND_LINE).split("\0")
+    words = beginning(f"{place}/cmdline", _MAX_COMMAND_LINE).split("\0")
     return Process(
         pid=pid,
         parent=int(fields[1]),
@@ -95,7 +96,7 @@ def listens(paths: Paths, pid: int) -> bool:
     """Whether a process of this network namespace holds a TCP socket that takes connections."""
     doors = set()
     for table in ("tcp", "tcp6"):
-        for line in _text(os.path.join(paths.processes, "self/net", table), _MAX_SOCKETS).splitlines()[1:]:
+        for line in beginning(os.path.join(paths.processes, "self/net", table), _MAX_SOCKETS).splitlines()[1:]:
             fields = line.split()
             if len(fields) > 9 and fields[3] == _TCP_LISTEN:
                 doors.add(f"socket:[{fields[9]}]")
@@ -163,7 +164,7 @@ def _uid(account: str | None) -> tuple[str, ...]:
 
 
 def _is_trusted(paths: Paths, place: str, program: str, allowed: set[str]) -> bool:
-    status = _text(f"{place}/status", 8192)
+    status = beginning(f"{place}/status", 8192)
     uids = set(next((line.split()[1:] for line in status.splitlines() if line.startswith("Uid:")), []))
     if len(uids) != 1 or not uids <= allowed:
         return False
@@ -189,13 +190,5 @@ def _pids(paths: Paths) -> list[int]:
 def _link(path: str) -> str:
     try:
         return os.readlink(path)
-    except OSError:
-        return ""
-
-
-def _text(path: str, limit: int) -> str:
-    try:
-        with open(path, "rb") as file:
-            return file.read(limit).decode("utf-8", "surrogateescape")
     except OSError:
         return ""

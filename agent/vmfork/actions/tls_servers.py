@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vmfork.actions.contract import ActionContext
+from vmfork.actions.files import beginning
 from vmfork.actions.processes import Process
 from vmfork.errors import ActionError
 
@@ -65,18 +66,18 @@ def _nginx(context: ActionContext, first: Process) -> str:
 def _haproxy(context: ActionContext, first: Process) -> str:
     # Its master keeps the old workers where the new configuration is broken, so nothing is lost by trying.
     files = [file for path in _values(first, "-f") for file in (path, *sorted(glob.glob(f"{glob.escape(path)}/*.cfg")))]
-    return "\n".join(_text(file, _MAX_CONFIGURATION) for file in files)
+    return "\n".join(beginning(file, _MAX_CONFIGURATION) for file in files)
 
 
 def _apache(context: ActionContext, first: Process) -> str:
     options = [word for option in ("-d", "-f", "-D") for value in _values(first, option) for word in (option, value)]
     context.run.check("apache2ctl", "-t", *options, timeout=_CHECK_SEC)
     listed = context.run.run("apache2ctl", "-t", "-D", "DUMP_INCLUDES", *options, timeout=_CHECK_SEC).text
-    return "\n".join(_text(path.strip(), _MAX_CONFIGURATION) for path in _APACHE_FILE.findall(listed))
+    return "\n".join(beginning(path.strip(), _MAX_CONFIGURATION) for path in _APACHE_FILE.findall(listed))
 
 
 def _postfix(context: ActionContext, first: Process) -> str:
-    words = _text(os.path.join(context.paths.processes, str(first.pid), "environ"), _MAX_ENVIRONMENT).split("\0")
+    words = beginning(os.path.join(context.paths.processes, str(first.pid), "environ"), _MAX_ENVIRONMENT).split("\0")
     told = dict(word.partition("=")[::2] for word in words)
     place = ("-c", told["MAIL_CONFIG"]) if told.get("MAIL_CONFIG") else ()
     # Reads both main.cf and master.cf.
@@ -127,11 +128,3 @@ def _values(first: Process, option: str) -> tuple[str, ...]:
     words = iter(first.argv[1:])
     found = [next(words, "") if word == option else word[len(option) :] for word in words if word.startswith(option)]
     return tuple(value for value in found if value)
-
-
-def _text(path: str, limit: int) -> str:
-    try:
-        with open(path, "rb") as file:
-            return file.read(limit).decode("utf-8", "surrogateescape")
-    except OSError:
-        return ""
