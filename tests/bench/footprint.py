@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from bench import softdirty
 from bench.place import Daemon, can_copy, environment, fake_daemon, guest_python, real_daemon, running, scratch
 from bench.samples import Chapter, Series
 from support.fakeguest import FakeGuest
@@ -169,37 +170,17 @@ def written_pages() -> list[Series]:
         with fake_daemon() as daemon:
             daemon.fork()
             time.sleep(0.3)
-            if not _forget_writes(daemon.pid):
+            if not softdirty.forget(daemon.pid):
                 return []
             time.sleep(2)
-            idle.append(float(_written(daemon.pid)))
-            _forget_writes(daemon.pid)
+            idle.append(float(softdirty.count(daemon.pid)))
+            softdirty.forget(daemon.pid)
             daemon.fork()
             time.sleep(0.3)
-            forked.append(float(_written(daemon.pid)))
+            forked.append(float(softdirty.count(daemon.pid)))
     if not any(forked):
         return []
     return [
         Series(key="written-idle", what="pages written to in 2 s, nothing happens", unit="pages", values=idle),
         Series(key="written-fork", what="pages written to by one fork and its reaction", unit="pages", values=forked),
     ]
-
-
-def _forget_writes(pid: int) -> bool:
-    try:
-        Path(f"/proc/{pid}/clear_refs").write_text("4")
-    except OSError:
-        return False
-    return True
-
-
-def _written(pid: int) -> int:
-    count = 0
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/pagemap", "rb", buffering=0) as entries:
-        for line in maps:
-            first, last = (int(end, 16) // 4096 for end in line.split()[0].split("-"))
-            if line.rstrip().endswith("[vsyscall]"):
-                continue
-            data = os.pread(entries.fileno(), (last - first) * 8, first * 8)
-            count += sum(1 for entry in memoryview(data).cast("Q") if entry >> 55 & 1 and entry >> 63)
-    return count

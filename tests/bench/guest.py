@@ -20,26 +20,11 @@ from lab.guests import Guests
 from lab.payload import payload
 from lab.workspace import workspace
 
+from bench import softdirty
 from bench.samples import Chapter, Series
 
 _NOW = "import time; print(time.clock_gettime_ns(time.CLOCK_BOOTTIME))"
 _PAGES = "/run/vmfork-bench-pages"
-# Soft-dirty bits (bit 55 of a page's entry) of the process that is named on the command line.
-_COUNT_PAGES = """
-import os, sys
-verb, pid = sys.argv[1:]
-if verb == "clear":
-    open(f"/proc/{pid}/clear_refs", "w").write("4")
-else:
-    count = 0
-    entries = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
-    for line in open(f"/proc/{pid}/maps"):
-        first, last = (int(end, 16) // 4096 for end in line.split()[0].split("-"))
-        if "[vsyscall]" not in line:
-            data = memoryview(os.pread(entries, (last - first) * 8, first * 8)).cast("Q")
-            count += sum(1 for entry in data if entry >> 55 & 1 and entry >> 63)
-    print(count)
-"""
 # The same daemon with a garbage collector that may look at, and so write to, every object that was there before.
 _UNFROZEN = """[Service]
 ExecStart=
@@ -108,7 +93,7 @@ def _clone(saved: Saved, name: str, *, guid: uuid.UUID | None) -> Iterator[Guest
 
 def _written(guest: Guest) -> list[Series]:
     """Pages of the detector that a clone has for itself, each written to since the snapshot."""
-    view.put(guest, _PAGES, _COUNT_PAGES)
+    view.put(guest, _PAGES, Path(softdirty.__file__).read_text())
     found = [_written_since(guest, "as shipped", "frozen")]
     view.put(guest, "/run/systemd/system/vmforkd.service.d/unfrozen.conf", _UNFROZEN)
     guest.check("systemctl", "daemon-reload")
@@ -122,7 +107,7 @@ def _written(guest: Guest) -> list[Series]:
 
 def _written_since(guest: Guest, how: str, key: str) -> tuple[Series, Series]:
     pid = guest.check("systemctl", "show", "--property=MainPID", "--value", "vmforkd").strip()
-    guest.check("python3", _PAGES, "clear", pid)
+    guest.check("python3", _PAGES, "forget", pid)
     saved = guest.save(go_on=True)
     counts = []
     for name, guid in (("idle", saved.guid), ("fork", uuid.uuid4())):
