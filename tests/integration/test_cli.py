@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,18 +20,6 @@ from vmfork.cli import VERBS
 
 LONG = "30-a-hook-of-somebody-who-likes-to-explain-in-its-name-what-it-does"
 VIEWS = ("status", "list", "doctor", "sources", "hooks", "plan", "actions", "rotate", "prepare", "resume")
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[FakeGuest]:
-    with FakeGuest(tmp_path / "guest") as made:
-        yield made
-
-
-@pytest.fixture
-def daemon(guest: FakeGuest) -> Iterator[RunningDaemon]:
-    with RunningDaemon(guest) as running:
-        yield running
 
 
 def command(guest: FakeGuest, *arguments: str) -> list[str]:

@@ -29,12 +29,6 @@ A_THOUSAND_IN_SEC = 0.05
 
 
 @pytest.fixture
-def guest(tmp_path: Path) -> Iterator[FakeGuest]:
-    with FakeGuest(tmp_path / "guest") as made:
-        yield made
-
-
-@pytest.fixture
 def daemon(guest: FakeGuest) -> Iterator[RunningDaemon]:
     """Started with the soft limit of descriptors that a system gives, while this process may have many."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

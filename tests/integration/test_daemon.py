@@ -8,7 +8,6 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,6 @@ SLOW = 'echo "{what}" >> "$VMFORK_ROOT/ran"; [ -e "$VMFORK_ROOT/go" ] || sleep 6
 
 def fresh_id() -> bytes:
     return os.urandom(16)
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[FakeGuest]:
-    with FakeGuest(tmp_path / "guest") as made:
-        yield made
 
 
 def generation(guest: FakeGuest) -> int:

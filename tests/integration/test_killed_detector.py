@@ -6,20 +6,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from support.fakeguest import FakeGuest
 from support.runningdaemon import RunningDaemon, write_hook
 from vmfork.page import GENERATION_OFFSET, read_page
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[FakeGuest]:
-    with FakeGuest(tmp_path / "guest") as made:
-        yield made
 
 
 def _kill_when_published(daemon: RunningDaemon, guest: FakeGuest, generation: int) -> None:

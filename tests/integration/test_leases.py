@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.dhcpnet import DhcpNetwork, options, options6
+from support.netns import Capture
 from support.tools import need
 
 KEEP = {"VMFORK_IDENTITY": "keep"}
@@ -37,6 +38,13 @@ def start_dhcpcd(network: DhcpNetwork, *more: str) -> None:
     started = network.call(dhcpcd, "-4", "--waitip", "--noarp", *more, "c0")
     assert started.returncode == 0, started.stderr
     network.wait_for(lambda: len(network.addresses()) == 1, what="an address")
+
+
+def duid_sent(wire: Capture) -> bytes:
+    """The client identifier of the first DHCPv6 message on the wire."""
+    frame = wire.wait(lambda frame: 1 in (options6(frame) or {}))
+    assert frame is not None
+    return (options6(frame) or {})[1]
 
 
 @pytest.mark.parametrize("server", ["dnsmasq", "dhcpd"])
@@ -89,15 +97,11 @@ def test_dhclient_for_ipv6_gets_a_new_duid(network: DhcpNetwork) -> None:
     network.call(dhclient, "-6", "-pf", "/run/dhclient6.pid", "-lf", "/var/lib/dhcp/dhclient6.c0.leases", "c0")
     before = network.addresses(6)
     assert len(before) == 1
-    frame = wire.wait(lambda frame: 1 in (options6(frame) or {}))
-    assert frame is not None
-    old = (options6(frame) or {})[1]
+    old = duid_sent(wire)
     wire.forget()
     done = network.leases(environment=ROTATE)
     assert done.returncode == 0, done.stdout + done.stderr
-    frame = wire.wait(lambda frame: 1 in (options6(frame) or {}))
-    assert frame is not None
-    assert (options6(frame) or {})[1] != old
+    assert duid_sent(wire) != old
     assert len(network.addresses(6)) == 1
     assert network.addresses(6) != before
 
@@ -165,15 +169,11 @@ def test_dhcpcd_for_ipv6_gets_a_new_duid(network: DhcpNetwork) -> None:
     assert started.returncode == 0, started.stderr
     network.wait_for(lambda: len(network.addresses(6)) == 1, what="an address")
     before = network.addresses(6)
-    frame = wire.wait(lambda frame: 1 in (options6(frame) or {}))
-    assert frame is not None
-    old = (options6(frame) or {})[1]
+    old = duid_sent(wire)
     wire.forget()
     done = network.leases(environment=ROTATE)
     assert done.returncode == 0, done.stdout + done.stderr
-    frame = wire.wait(lambda frame: 1 in (options6(frame) or {}))
-    assert frame is not None
-    assert (options6(frame) or {})[1] != old
+    assert duid_sent(wire) != old
     network.wait_for(lambda: len(network.addresses(6)) == 1, what="one address")
     assert network.addresses(6) != before
 

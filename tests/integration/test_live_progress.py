@@ -10,25 +10,12 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.fakeguest import FakeGuest
 from support.runningdaemon import PATIENCE_SEC, RunningDaemon, environment, write_hook
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[FakeGuest]:
-    with FakeGuest(tmp_path / "guest") as made:
-        yield made
-
-
-@pytest.fixture
-def daemon(guest: FakeGuest) -> Iterator[RunningDaemon]:
-    with RunningDaemon(guest) as running:
-        yield running
 
 
 class Watched:

@@ -20,12 +20,6 @@ from support.runningdaemon import PATIENCE_SEC, RunningDaemon, eventually, vmfor
 from support.tools import need
 
 
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[FakeGuest]:
-    with FakeGuest(tmp_path / "guest") as made:
-        yield made
-
-
 def text_of(guest: FakeGuest) -> str:
     return Path(guest.paths.metrics).read_text()
 

@@ -12,7 +12,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +133,6 @@ for _ in range(5):
 for child in children:
     os.waitpid(child, 0)
 """
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[FakeGuest]:
-    with FakeGuest(tmp_path / "guest") as made:
-        yield made
 
 
 def drawn_after_a_fork(guest: FakeGuest, kind: str, what: str) -> list[dict[str, list[Any]]]:

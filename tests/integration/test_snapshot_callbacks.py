@@ -8,9 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-import pytest
 
 from support.fakeguest import FakeGuest
 from support.runningdaemon import PATIENCE_SEC, RunningDaemon, environment, write_hook
@@ -30,12 +27,6 @@ say("ready")
 import threading
 threading.Event().wait()
 """
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[FakeGuest]:
-    with FakeGuest(tmp_path / "guest") as made:
-        yield made
 
 
 class Program:

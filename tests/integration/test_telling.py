@@ -8,7 +8,6 @@ import mmap
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ from vmfork.page import STATE_REACTING, STATE_SETTLED, read_page
 from vmfork.varlink.client import Client
 
 FRESH = [bytes([number]) * 16 for number in range(1, 200)]
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[FakeGuest]:
-    with FakeGuest(tmp_path / "guest") as made:
-        yield made
 
 
 def configure(guest: FakeGuest, text: str) -> None:

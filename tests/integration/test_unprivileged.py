@@ -35,12 +35,6 @@ def guest() -> Iterator[FakeGuest]:
         yield made
 
 
-@pytest.fixture
-def daemon(guest: FakeGuest) -> Iterator[RunningDaemon]:
-    with RunningDaemon(guest) as running:
-        yield running
-
-
 @pytest.fixture(params=[Stranger, ContainerRoot], ids=["another user", "root of a container"])
 def somebody(request: pytest.FixtureRequest, guest: FakeGuest, daemon: RunningDaemon) -> Somebody:
     made: Somebody = request.param(guest)
