@@ -14,6 +14,7 @@ from vmfork.errors import InputError, ProtocolError
 from vmfork.jsonfields import JsonObject
 from vmfork.varlink import framing, interface
 from vmfork.varlink.framing import Decoder
+from vmfork.varlink.listreply import ListReply
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
@@ -198,3 +199,21 @@ def test_broken_interface_text_is_an_error_that_names_the_file(text: str) -> Non
 def test_interface_without_a_file_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"no\.such\.varlink"):
         interface.load("no.such")
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=4), json_values, max_size=3), max_size=20))
+def test_a_list_written_from_its_end_is_an_ordinary_reply(items: list[JsonObject]) -> None:
+    reply = ListReply("forks", capacity=1 << 16)
+    for item in reversed(items):
+        assert reply.prepend(item)
+    assert bytes(reply.message()) == framing.encode_reply({"forks": list(items)})
+
+
+def test_a_full_list_takes_no_more_and_is_still_a_reply() -> None:
+    reply = ListReply("forks", capacity=4096)
+    taken = 0
+    while reply.prepend({"generation": taken}):
+        taken += 1
+    decoder = make_decoder(4096)
+    decoder.feed(bytes(reply.message()))
+    assert decoder.take() == {"parameters": {"forks": [{"generation": n} for n in reversed(range(taken))]}}

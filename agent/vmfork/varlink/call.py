@@ -36,7 +36,7 @@ class Caller(Protocol):
 
     def send_encoded(self, message: bytes) -> None: ...
 
-    def deliver(self, call: Call, message: bytes, *, final: bool) -> None: ...
+    def deliver(self, call: Call, message: bytes | memoryview, *, final: bool) -> None: ...
 
     def close(self, reason: str) -> None: ...
 
@@ -85,7 +85,7 @@ class Call:
         self.values = values
         self.parameters = Parameters(values, f"call of {self.method}")
         self.finished = False
-        self.held: list[bytes] = []
+        self.held: list[bytes | memoryview] = []
 
     @property
     def peer(self) -> Peer:
@@ -97,11 +97,15 @@ class Call:
             raise ValueError(f"{self.method} was called without more: it gets one reply")
         self._deliver(framing.encode_reply(parameters, continues=continues), final=not continues)
 
+    def reply_encoded(self, message: bytes | memoryview) -> None:
+        """Answer with what is encoded already."""
+        self._deliver(message, final=True)
+
     def error(self, name: str, parameters: Mapping[str, JsonValue] | None = None) -> None:
         """Answer with an error, by its qualified name."""
         self._deliver(framing.encode_error(name, parameters), final=True)
 
-    def _deliver(self, message: bytes, *, final: bool) -> None:
+    def _deliver(self, message: bytes | memoryview, *, final: bool) -> None:
         if self.finished:
             raise ValueError(f"{self.method} was already answered")
         self.finished = final

@@ -121,7 +121,7 @@ class Connection:
         if on_close is not None:
             on_close()
 
-    def deliver(self, call: Call, message: bytes, *, final: bool) -> None:
+    def deliver(self, call: Call, message: bytes | memoryview, *, final: bool) -> None:
         """For Call: send this answer now, or hold it until the calls before it are answered."""
         if self._calls[0] is call:
             self._send(message)
@@ -191,7 +191,7 @@ class Connection:
         message = self._decoder.take()
         return None if message is None else Call(self, message)
 
-    def _send(self, message: bytes) -> None:
+    def _send(self, message: bytes | memoryview) -> None:
         if self.closed:
             return
         sent = 0

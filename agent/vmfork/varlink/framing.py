@@ -117,7 +117,7 @@ def _deeper_than(value: JsonValue, limit: int) -> bool:
 
 def encode(message: Mapping[str, JsonValue]) -> bytes:
     """One message with its NUL. Plain ASCII, so that no character can break a reader's decoding."""
-    return _encoder.encode(message).encode("ascii") + b"\0"
+    return encode_item(message) + b"\0"
 
 
 def encode_call(
@@ -138,6 +138,11 @@ def encode_reply(parameters: Mapping[str, JsonValue] | None = None, *, continues
     if continues:
         reply["continues"] = True
     return encode(reply)
+
+
+def encode_item(item: Mapping[str, JsonValue]) -> bytes:
+    """An object within a message."""
+    return _encoder.encode(item).encode("ascii")
 
 
 def encode_error(name: str, parameters: Mapping[str, JsonValue] | None = None) -> bytes:
