@@ -2,14 +2,15 @@
 """/var/lib/vmfork/history.jsonl: one line for each fork whose reaction ended, the newest 1000.
 
 Lines are appended, so that starting never costs more for a long history. Now and then the oldest are cut off. A line
-that cannot be understood, torn by a power cut or written by a newer version, is passed over and counted.
+that cannot be understood, torn by a power cut or written by a newer version, is passed over and counted. Readers begin
+at the end and hold one block: what somebody asks of it must not make the daemon grow.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmfork import atomicfile
@@ -22,6 +23,8 @@ KEPT = 1000
 # Cutting costs a rewrite of the file: do it once in so many forks.
 _SLACK = 200
 _MAX_BYTES = 64 << 20
+_BLOCK = 64 << 10
+_LONGEST_LINE = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,28 +35,61 @@ class History:
     unreadable_lines: int = 0
 
 
-def load(paths: Paths, *, limit: int = KEPT) -> History:
-    """The newest `limit` forks. A fork that stands there twice (its reaction was repeated) counts once, the last one.
+def newest_first(paths: Paths) -> Iterator[ForkEvent | None]:
+    """The forks, the newest first, read from the end of the file as they are asked for; None for an unreadable line.
 
-    Raises InputError where the file cannot be read at all; no file is an empty history.
+    A fork that stands there twice (its reaction was repeated) comes once, in its last form. Raises InputError where
+    the file cannot be read; no file is an empty history.
     """
-    try:
-        data = atomicfile.read_bounded(paths.history, _MAX_BYTES)
-    except FileNotFoundError:
-        return History()
-    except OSError as error:
-        raise InputError(paths.history, f"cannot be read: {error.strerror}", hint="run as root") from error
-    found: dict[bytes, ForkEvent] = {}
-    unreadable = 0
-    for line in data.splitlines():
+    seen: set[bytes] = set()
+    for line in _lines_from_the_end(paths.history):
         try:
             event = ForkEvent.from_json(parse_object(line, paths.history))
         except InputError:
-            unreadable += 1
+            yield None
             continue
-        found.pop(event.token, None)
-        found[event.token] = event
-    return History(events=tuple(found.values())[-limit:] if limit > 0 else (), unreadable_lines=unreadable)
+        if event.token not in seen:
+            seen.add(event.token)
+            yield event
+
+
+def load(paths: Paths) -> History:
+    """The newest forks, as many as are kept; InputError where the file cannot be read, no file is an empty history."""
+    events: list[ForkEvent] = []
+    unreadable = 0
+    for event in newest_first(paths):
+        if event is None:
+            unreadable += 1
+        else:
+            events.append(event)
+        if len(events) == KEPT:
+            break
+    return History(events=tuple(reversed(events)), unreadable_lines=unreadable)
+
+
+def _lines_from_the_end(path: str) -> Iterator[bytes]:
+    try:
+        # Without O_NONBLOCK a pipe in its place would hold up the daemon.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(path, f"cannot be read: {error.strerror}", hint="run as root") from error
+    try:
+        position, rest = os.lseek(descriptor, 0, os.SEEK_END), b""
+        while position:
+            size = min(_BLOCK, position)
+            position -= size
+            rest, *lines = (os.pread(descriptor, size, position) + rest).split(b"\n")
+            if len(rest) > _LONGEST_LINE:
+                raise InputError(path, f"has a line of more than {_LONGEST_LINE} bytes")
+            yield from filter(None, reversed(lines))
+        if rest:
+            yield rest
+    except OSError as error:
+        raise InputError(path, f"cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
 
 
 class HistoryWriter:
@@ -84,8 +120,7 @@ class HistoryWriter:
     def _cut(self) -> None:
         # Before the new line: where the file cannot be cut, trying again must not make it longer each time.
         if self._lines < 0:
-            with contextlib.suppress(FileNotFoundError):
-                self._lines = atomicfile.read_bounded(self._paths.history, _MAX_BYTES).count(b"\n")
+            self._lines = sum(1 for _ in _lines_from_the_end(self._paths.history))
         if self._lines < KEPT + _SLACK:
             return
         lines = atomicfile.read_bounded(self._paths.history, _MAX_BYTES).splitlines(keepends=True)[-KEPT:]

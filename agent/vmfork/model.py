@@ -224,13 +224,13 @@ def parse_time(fields: Fields, name: str) -> int:
     """The inverse of `format_time`, to the microsecond; InputError names the field."""
     import datetime  # only who reads events needs it: 0.3 MiB that the idle detector does without
 
-    text = fields.text(name)
+    text, ns = fields.text(name), -1
     try:
-        moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=datetime.UTC)
-    except ValueError as error:
-        raise fields.wrong(name, "a time as YYYY-MM-DDTHH:MM:SS.ffffffZ") from error
-    ns = int(moment.replace(microsecond=0).timestamp()) * 1_000_000_000 + moment.microsecond * 1000
-    if not 0 <= ns < 2**64:
-        # The page holds it in 64 bits.
-        raise fields.wrong(name, "a time from 1970 to 2554")
+        moment = datetime.datetime.fromisoformat(text)
+        ns = int(moment.replace(microsecond=0).timestamp()) * 1_000_000_000 + moment.microsecond * 1000
+    except (ValueError, OverflowError):
+        pass
+    # The page holds 64 bits. strptime would do the comparison, in ten times as long and with two modules more.
+    if not 0 <= ns < 2**64 or format_time(ns) != text:
+        raise fields.wrong(name, "a time from 1970 to 2554 as YYYY-MM-DDTHH:MM:SS.ffffffZ")
     return ns

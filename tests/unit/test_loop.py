@@ -90,3 +90,24 @@ def test_signals_are_handled_in_the_loop() -> None:
 def test_forgetting_what_was_never_watched_is_no_error() -> None:
     read_end, _ = os.pipe()
     Loop().forget(read_end)
+
+
+def test_what_is_put_off_for_no_time_lets_descriptors_go_first() -> None:
+    loop = Loop()
+    read_end, write_end = os.pipe()
+    rounds: list[str] = []
+
+    def heard() -> None:
+        rounds.append("heard")
+        loop.stop()
+
+    def put_off() -> None:
+        rounds.append("put off")
+        loop.after(0.0, put_off)
+
+    loop.watch(read_end, heard)
+    loop.after(0.0, put_off)
+    os.write(write_end, b"x")
+    loop.run()
+    assert rounds.count("put off") < 4
+    assert rounds[-2:].count("heard") == 1

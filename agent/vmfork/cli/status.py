@@ -129,7 +129,9 @@ def forks(options: argparse.Namespace) -> int:
     """Print the forks, newest last: from the daemon, else, as root, from its files."""
     paths = Paths.from_environment()
     try:
-        answer = call(paths, "ListForks")
+        answer = call(
+            paths, "ListForks", {"limit": None if options.lines is None else min(options.lines, history.KEPT)}
+        )
         found = [ForkEvent.from_json(one) for one in answer.objects("forks")]
         as_json: Sequence[JsonObject] = [one.to_json(with_ids=True) for one in found]
     except DaemonUnreachable:

@@ -20,6 +20,8 @@ from vmfork.paths import Paths
 from vmfork.varlink.client import Overdue
 
 _RECONNECT_SEC = 0.2
+# A fork that was waited for is seldom followed by so many.
+_NEWEST = 64
 _SETTLED = (EventState.SETTLED, EventState.FAILED)
 
 
@@ -41,7 +43,7 @@ def wait(options: argparse.Namespace) -> int:
 
 def _with_ids(paths: Paths, event: ForkEvent) -> ForkEvent:
     """The same fork as the list shows it: to root with its generation IDs, which no stream carries."""
-    for fields in call(paths, "ListForks").objects("forks"):
+    for fields in call(paths, "ListForks", {"limit": _NEWEST}).objects("forks"):
         listed = ForkEvent.from_json(fields)
         if listed.token == event.token:
             return listed

@@ -114,5 +114,7 @@ class Loop:
         return max(0.0, self._deadlines[0][0] - time.monotonic())
 
     def _run_due(self) -> None:
-        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+        # Of one moment: what is set while these run, even for at once, is for the next round, after the descriptors.
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
             heapq.heappop(self._deadlines)[2].run()

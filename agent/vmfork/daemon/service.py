@@ -11,11 +11,11 @@ import os
 from collections.abc import Mapping
 from typing import Protocol
 
-from vmfork import __version__, history
+from vmfork import __version__
+from vmfork.daemon.forklist import ForkList
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Loop
-from vmfork.errors import InputError
-from vmfork.jsonfields import JsonObject, JsonValue
+from vmfork.jsonfields import JsonObject
 from vmfork.model import ForkEvent, IdentityPolicy
 from vmfork.paths import Paths
 from vmfork.varlink.server import Call, Handler, Product, Server
@@ -48,16 +48,17 @@ class Service:
         self._agent = agent
         paths = agent.paths
         product = Product(version=__version__)
+        forks = ForkList(loop, paths, newest=lambda: agent.ledger.event)
         for_everybody: dict[str, Handler] = {
             "GetStatus": lambda call: self._get_status(call, with_ids=False),
             "Subscribe": agent.subscribe,
             "Acknowledge": agent.acknowledge,
-            "ListForks": lambda call: self._list_forks(call, with_ids=False),
+            "ListForks": lambda call: forks.answer(call, with_ids=False),
         }
         for_root: dict[str, Handler] = {
             **for_everybody,
             "GetStatus": lambda call: self._get_status(call, with_ids=self._may_see_ids(call)),
-            "ListForks": lambda call: self._list_forks(call, with_ids=self._may_see_ids(call)),
+            "ListForks": lambda call: forks.answer(call, with_ids=self._may_see_ids(call)),
             "Trigger": self._trigger,
             "Reload": self._reload,
             "Prepare": agent.prepare,
@@ -90,19 +91,6 @@ class Service:
 
     def _get_status(self, call: Call, *, with_ids: bool) -> None:
         call.reply({"status": self._agent.status(with_ids=with_ids)})
-
-    def _list_forks(self, call: Call, *, with_ids: bool) -> None:
-        limit = call.parameters.integer_or_none("limit", maximum=history.KEPT)
-        ledger = self._agent.ledger
-        try:
-            events = list(history.load(self._agent.paths).events)
-        except InputError:
-            events = []
-        newest = ledger.event
-        if newest is not None:
-            events = [event for event in events if event.token != newest.token] + [newest]
-        shown: list[JsonValue] = [event.to_json(with_ids=with_ids) for event in events]
-        call.reply({"forks": shown if limit is None else shown[len(shown) - min(limit, len(shown)) :]})
 
     def _trigger(self, call: Call) -> None:
         asked = call.parameters.text_or_none("identity") or "auto"
