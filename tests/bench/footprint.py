@@ -123,7 +123,8 @@ def start_times(count: int, *, real: bool) -> list[Series]:
     return found
 
 
-def _ready(server: socket.socket, begin: int) -> float:
+def ready_ms(server: socket.socket, begin: int) -> float:
+    """Milliseconds from `begin`, of time.perf_counter_ns(), to the READY=1 that comes in."""
     server.settimeout(30)
     while b"READY=1" not in server.recv(4096):
         pass
@@ -145,7 +146,7 @@ def start_ms(guest: FakeGuest) -> float:
         command = [guest_python(), "-m", "vmfork.daemon", "--root", str(guest.root)]
         begin = time.perf_counter_ns()
         with running(command, env=environment(NOTIFY_SOCKET=path), stderr=subprocess.DEVNULL):
-            value = _ready(server, begin)
+            value = ready_ms(server, begin)
     os.unlink(path)
     return value
 
@@ -160,7 +161,7 @@ def _real_start_ms() -> float:
             begin = time.perf_counter_ns()
 
         with real_daemon(notify=Path("/run/notify"), more=listen):
-            return _ready(server, begin)
+            return ready_ms(server, begin)
 
 
 def written_pages() -> list[Series]:
