@@ -97,8 +97,10 @@ SPREAD_SEC = Setting(
     key="SpreadSec",
     default="0",
     parse=seconds_or_zero,
-    summary="Window over which clones spread what they ask of shared servers, each by its own fork token; 0 is off.",
+    summary="Window after the fork over which clones spread what they ask of DHCP servers, by fork token; 0 is off.",
 )
+# The hooks that wait for this clone's turn in that window; it comes on top of their time-out.
+SPREADING_HOOKS = frozenset(("35-mac-address", "40-leases"))
 
 GENERAL: tuple[Setting[float] | Setting[str] | Setting[bool], ...] = (
     POLL_INTERVAL_SEC,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from bench.reaction import first_hook
 from bench.samples import Chapter, Series
-from vmfork.actions.dhcp import spread_delay
+from vmfork.actions.spread import share
 
 _RESUME_SEC = 1.0
 _TIME_OUT_SEC = 1.0
@@ -84,7 +84,7 @@ def simulate(clones: int, reaction_sec: list[float], *, spread_sec: float, seed:
     finished = [0.0] * clones
     for clone in range(clones):
         token = dice.randbytes(16)
-        start = dice.random() * _RESUME_SEC + dice.choice(reaction_sec) + spread_delay(token, spread_sec)
+        start = dice.random() * _RESUME_SEC + dice.choice(reaction_sec) + share(token, spread_sec)
         later(start, "ask", clone, 0, 0)
     while events:
         now, _, what, clone, step, attempt = heapq.heappop(events)
@@ -157,7 +157,7 @@ def measure(clones: int) -> Chapter:
     tokens = [os.urandom(16) for _ in range(clones)]
     slots = [0] * 30
     for token in tokens:
-        slots[int(spread_delay(token, 30.0))] += 1
+        slots[int(share(token, 30.0))] += 1
     chapter.remarks += [
         "The model: "
         + "; ".join(

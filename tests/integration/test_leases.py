@@ -69,6 +69,25 @@ def test_dhclient_gets_a_new_client_id_and_another_address(network: DhcpNetwork,
     assert not any((options(frame) or {}).get(53) == bytes([RELEASE]) for frame in wire.frames)
 
 
+def test_a_clone_asks_when_its_share_of_the_spread_is_over(network: DhcpNetwork) -> None:
+    settings = network.own_directory("/run/vmfork/vmfork.conf.d/spread.conf")
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[React]\nSpreadSec=3\n")
+    network.dnsmasq()
+    wire = network.capture(network.server, "s0")
+    start_dhclient(network)
+    network.client_id(wire, REQUEST)
+    wire.forget()
+    began = time.monotonic()
+    # Half of the window, whatever the hook's own time is.
+    half = (2**63).to_bytes(8, "little").hex() + "00" * 8
+    done = network.leases(environment={**KEEP, "VMFORK_FORK_TOKEN": half, "VMFORK_DEADLINE_SEC": "13"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "waiting 1.5 s" in done.stdout
+    assert network.client_id(wire, REQUEST)
+    assert time.monotonic() - began > 1.5
+
+
 def test_dhclient_confirms_its_lease_when_the_identity_is_kept(network: DhcpNetwork) -> None:
     network.dnsmasq()
     wire = network.capture(network.server, "s0")

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from support.actions import Run, prepared
-from vmfork.actions import dhcp, dhcp_dhclient, dhcp_dhcpcd, dhcp_network_manager, dhcp_networkd, duid, leases, perform
+from vmfork.actions import dhcp_dhclient, dhcp_dhcpcd, dhcp_network_manager, dhcp_networkd, duid, leases, perform
 from vmfork.actions.dhcp import Plan
 from vmfork.actions.processes import Process
 from vmfork.errors import ActionError
@@ -23,19 +21,7 @@ def plan(*, rotate: bool, wait_sec: float = 0.3) -> Plan:
     return Plan(rotate=rotate, duid=DUID, wait_sec=wait_sec)
 
 
-# --- spreading and DUIDs
-
-
-def test_clones_are_spread_evenly_and_each_keeps_its_place() -> None:
-    delays = [dhcp.spread_delay(os.urandom(16), 10) for _ in range(2000)]
-    assert all(0 <= delay < 10 for delay in delays)
-    assert min(Counter(int(delay) for delay in delays).values()) > 120
-    token = os.urandom(16)
-    assert dhcp.spread_delay(token, 10) == dhcp.spread_delay(token, 10)
-
-
-def test_nothing_is_delayed_without_a_window() -> None:
-    assert dhcp.spread_delay(b"\xff" * 16, 0) == 0
+# --- DUIDs
 
 
 def test_every_duid_is_a_random_uuid() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the DHCP clients have in common: their plan, a delay of each clone's own, addresses of leases that are over.
+"""What the DHCP clients have in common: their plan, the wait for a lease, addresses of leases that are over.
 
 The plan's DUID is always random (RFC 6355): what dhclient and dhcpcd would make of the MAC address and the time, or of
 the hypervisor's UUID, can be the same in every clone.
@@ -29,11 +29,6 @@ class Plan:
     rotate: bool
     duid: bytes
     wait_sec: float
-
-
-def spread_delay(token: bytes, seconds: float) -> float:
-    """How long, in seconds, this clone waits before it talks to a server of all clones: by its token, evenly."""
-    return int.from_bytes(token[:8], "little") / 2**64 * seconds if seconds > 0 else 0.0
 
 
 def wait_for_lease(context: ActionContext, plan: Plan, condition: Callable[[], object]) -> bool:
@@ -113,11 +108,14 @@ def name_of(index: int) -> str | None:
         return None
 
 
-def wait_for_restart(context: ActionContext, plan: Plan, unit: str) -> None:
-    """Restart a unit without blocking, then wait until another main process runs it. ActionError if none does."""
+def wait_for_restart(context: ActionContext, unit: str, *, wait_sec: float) -> None:
+    """Restart a unit without blocking, then wait until another main process runs it. ActionError if none does.
+
+    `wait_sec` is how long the lease may take that is wanted from it; the restart may take as long, or ten seconds.
+    """
     before = main_process(context, unit)
     context.run.systemctl("try-restart", unit, no_block=True)
-    end = time.monotonic() + context.run.remaining(max(10.0, plan.wait_sec))
+    end = time.monotonic() + context.run.remaining(max(10.0, wait_sec))
     while main_process(context, unit) in (before, "0", "") or not context.run.is_active(unit):
         if time.monotonic() >= end:
             raise ActionError(f"{unit} was not restarted in time")

@@ -132,7 +132,7 @@ def _rotate(context: ActionContext, plan: Plan, program: str, daemons: tuple[Dae
     if not os.path.exists(duid):
         files.replace_file(duid, plan.duid.hex(":").encode() + b"\n", mode=0o644)
     if managed:
-        dhcp.wait_for_restart(context, plan, _UNIT)
+        dhcp.wait_for_restart(context, _UNIT, wait_sec=plan.wait_sec)
     else:
         scope = ("systemd-run", "--scope", "--quiet", "--collect", "--") if context.run.systemd else ()
         for daemon in daemons:

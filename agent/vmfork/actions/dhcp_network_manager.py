@@ -61,7 +61,7 @@ def care(context: ActionContext, plan: Plan) -> tuple[str, ...]:
     before = {device.name: options(context, device.name) for device in found}
     if plan.rotate:
         forget(context, plan)
-        dhcp.wait_for_restart(context, plan, _UNIT)
+        dhcp.wait_for_restart(context, _UNIT, wait_sec=plan.wait_sec)
     problems = [problem for device in found if (problem := _renew(context, plan, device, before[device.name]))]
     if problems:
         raise ActionError("; ".join(problems))

@@ -9,61 +9,16 @@ DHCP are left alone.
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from vmfork.actions import dhcp, duid, machine_id
+from vmfork.actions import dhcp, duid, machine_id, processes, spread
 from vmfork.actions.contract import ActionContext
 from vmfork.actions.dhcp import Plan
 from vmfork.actions.files import resolve
+from vmfork.actions.networkd import UNIT, Lease, lease, managed
 from vmfork.errors import ActionError
-from vmfork.paths import Paths
 
-_UNIT = "systemd-networkd.service"
-_DHCP_LINE = re.compile(r"^\s*DHCP\s*=\s*(\S*)", re.MULTILINE)
-_ON = frozenset(("yes", "true", "on", "1", "y", "t", "ipv4", "ipv6", "v4", "v6", "both"))
-_MAX_FILE = 256 * 1024
-_RFC4361 = b"\xff"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
-    """What networkd keeps of a DHCPv4 lease: which file it is (another one after each answer), and the client ID."""
-
-    inode: int
-    changed_ns: int
-    client_id: str
-
-    @property
-    def duid(self) -> bytes:
-        """The DUID within the client ID (RFC 4361), empty where that is something else."""
-        try:
-            raw = bytes.fromhex(self.client_id)
-        except ValueError:
-            return b""
-        return raw[5:] if raw[:1] == _RFC4361 else b""
-
-
-def managed(paths: Paths) -> tuple[int, ...]:
-    """The indexes of the interfaces that networkd runs DHCP on, by its state files and its configuration."""
-    try:
-        names = sorted(os.listdir(paths.networkd_links))
-    except OSError:
-        return ()
-    return tuple(int(name) for name in names if name.isdigit() and _wants_dhcp(paths, int(name)))
-
-
-def lease(paths: Paths, index: int) -> Lease | None:
-    """The DHCPv4 lease of an interface, None if it has none."""
-    path = os.path.join(paths.networkd_leases, str(index))
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    identity = _values(path).get("CLIENTID", "")
-    return Lease(inode=status.st_ino, changed_ns=status.st_mtime_ns, client_id=identity)
+_RESTART_SEC = 120.0
+# What an answer takes, at most, before a new MAC address makes networkd ask again anyway.
+_ANSWER_SEC = 10.0
 
 
 def forget(context: ActionContext, plan: Plan) -> tuple[str, ...]:
@@ -73,21 +28,21 @@ def forget(context: ActionContext, plan: Plan) -> tuple[str, ...]:
 
 def care(context: ActionContext, plan: Plan) -> tuple[str, ...]:
     """Renew or replace the leases of networkd's DHCP interfaces; the interfaces."""
-    if not context.run.is_active(_UNIT):
+    if not context.run.is_active(UNIT):
         return ()
     found = {index: name for index in managed(context.paths) if (name := dhcp.name_of(index)) is not None}
     if not found:
         return ()
     names = ", ".join(found.values())
     if plan.rotate:
-        if context.would(f"restart {_UNIT}, then configure {names} anew, under the new machine ID's DUID"):
+        if context.would(f"restart {UNIT}, then configure {names} anew, under the new machine ID's DUID"):
             return tuple(found.values())
     elif context.would(f"renew the leases of {names} (systemd-networkd)"):
         return tuple(found.values())
     before = {index: lease(context.paths, index) for index in found}
     anew = plan.rotate and not all(kept is not None and _is_of_this_machine(context, kept) for kept in before.values())
     if anew:
-        dhcp.wait_for_restart(context, plan, _UNIT)
+        dhcp.wait_for_restart(context, UNIT, wait_sec=plan.wait_sec)
     verb = "reconfigure" if anew else "renew"
     for name in found.values():
         context.run.check("networkctl", verb, name)
@@ -97,6 +52,31 @@ def care(context: ActionContext, plan: Plan) -> tuple[str, ...]:
     if problems:
         raise ActionError("; ".join(problems))
     return tuple(found.values())
+
+
+def take_up_machine_id(context: ActionContext) -> None:
+    """Where 20-machine-id left networkd to SpreadSec=: restart it before an interface gets another MAC address.
+
+    A networkd whose interface changes its MAC address releases the lease that it has. That must not be the template's,
+    which siblings use; a restart keeps it unreleased and takes a lease under the new machine ID's DUID.
+    """
+    if spread.window(context) <= 0 or not context.run.is_active(UNIT):
+        return
+    old = [index for index in managed(context.paths) if _is_of_another_machine(context, index)]
+    if not old or context.would(f"restart {UNIT}, so that it does not release a lease that siblings have"):
+        return
+    # Half of what the hook has left: a machine that is slow is given more time by TimeoutSec=.
+    dhcp.wait_for_restart(context, UNIT, wait_sec=context.run.remaining(_RESTART_SEC) / 2)
+    context.say(f"restarted {UNIT}, which takes up the new machine ID")
+    processes.wait_until(
+        lambda: not any(_is_of_another_machine(context, index) for index in old),
+        timeout=min(_ANSWER_SEC, context.run.remaining(_RESTART_SEC) / 2),
+    )
+
+
+def _is_of_another_machine(context: ActionContext, index: int) -> bool:
+    kept = lease(context.paths, index)
+    return kept is not None and kept.duid != b"" and not _is_of_this_machine(context, kept)
 
 
 def _verify(context: ActionContext, plan: Plan, index: int, name: str, before: Lease | None) -> str | None:
@@ -132,31 +112,3 @@ def _is_of_this_machine(context: ActionContext, kept: Lease) -> bool:
         return kept.duid in duid.of_machine(present or "")
     except (ActionError, OSError, ValueError):
         return False
-
-
-def _wants_dhcp(paths: Paths, index: int) -> bool:
-    if os.path.exists(os.path.join(paths.networkd_leases, str(index))):
-        return True
-    state = _values(os.path.join(paths.networkd_links, str(index)))
-    if "DHCP6_CLIENT_DUID" in state:
-        return True
-    places = [state.get("NETWORK_FILE", ""), *state.get("NETWORK_FILE_DROPINS", "").replace('"', "").split()]
-    asked = ""
-    for place in places:
-        if place.startswith("/"):
-            for value in _DHCP_LINE.findall(_read(resolve(paths, paths.at(place)))):
-                asked = value
-    return asked.lower() in _ON
-
-
-def _values(path: str) -> Mapping[str, str]:
-    """The KEY=value lines of a state file."""
-    return dict(line.partition("=")[::2] for line in _read(path).splitlines() if not line.startswith("#"))
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(_MAX_FILE)
-    except OSError:
-        return ""

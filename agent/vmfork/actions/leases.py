@@ -7,11 +7,10 @@ runs yet, only the files that carry an identity are renewed. Clones of one snaps
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
-from vmfork import config, settings
-from vmfork.actions import dhcp, dhcp_dhclient, dhcp_dhcpcd, dhcp_network_manager, dhcp_networkd, duid
+from vmfork import settings
+from vmfork.actions import dhcp_dhclient, dhcp_dhcpcd, dhcp_network_manager, dhcp_networkd, duid, spread
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.dhcp import Plan
 from vmfork.errors import ActionError, ActionSkipped
@@ -40,7 +39,7 @@ def after_fork(context: ActionContext) -> None:
     if context.early or context.paths.is_fake:
         _edit_files(context, plan)
         return
-    _spread(context)
+    spread.wait(context)
     found: list[str] = []
     problems: list[str] = []
     for client in CLIENTS:
@@ -59,13 +58,6 @@ def _edit_files(context: ActionContext, plan: Plan) -> None:
         raise ActionSkipped("this guest keeps its identity, and no DHCP client runs yet")
     if not sum(len(client.forget(context, plan)) for client in CLIENTS):
         raise ActionSkipped("no DHCP client has left an identity here")
-
-
-def _spread(context: ActionContext) -> None:
-    window = config.load(context.paths).get(settings.SPREAD_SEC)
-    delay = min(dhcp.spread_delay(context.token, window), context.run.remaining(window) / 2)
-    if delay > 0 and not context.would(f"wait {delay:.1f} s, this clone's share of SpreadSec="):
-        time.sleep(delay)
 
 
 ACTION = Action(

@@ -13,10 +13,11 @@ import glob
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from vmfork import settings
-from vmfork.actions import ipv6_eui64, netlink
+from vmfork.actions import dhcp_networkd, ipv6_eui64, netlink, spread
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.netlink import Link
 from vmfork.errors import ActionError, ActionSkipped
@@ -34,15 +35,23 @@ def after_fork(context: ActionContext) -> None:
     if context.paths.is_fake:
         raise ActionSkipped("the network belongs to the machine around this root")
     with netlink.socket() as route:
-        chosen = [
-            link
-            for link in netlink.links(route)
-            if link.ethernet and any(fnmatch.fnmatchcase(link.name, pattern) for pattern in patterns)
-        ]
-        if not chosen:
+        if not _chosen(route, patterns):
             raise ActionSkipped(f"no Ethernet interface is named {' or '.join(patterns)}")
-        for link in chosen:
+    # DHCP clients ask their servers as soon as an interface has another address.
+    spread.wait(context)
+    dhcp_networkd.take_up_machine_id(context)
+    with netlink.socket() as route:
+        for link in _chosen(route, patterns):
             _renew(context, route, link)
+
+
+def _chosen(route: Any, patterns: Sequence[str]) -> list[Link]:
+    """The Ethernet interfaces that one of the patterns names."""
+    return [
+        link
+        for link in netlink.links(route)
+        if link.ethernet and any(fnmatch.fnmatchcase(link.name, pattern) for pattern in patterns)
+    ]
 
 
 def derived(template: str, token: bytes, name: str) -> str:

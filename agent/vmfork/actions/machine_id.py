@@ -14,7 +14,7 @@ import re
 import time
 
 from vmfork import settings
-from vmfork.actions import files
+from vmfork.actions import files, networkd, spread
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.machine_id_traces import holders
 from vmfork.errors import ActionError, ActionSkipped
@@ -120,14 +120,25 @@ def _would_follow(context: ActionContext) -> None:
     path = context.paths.machine_id_dbus
     if os.path.exists(path) and not os.path.islink(path):
         context.would(f"replace {path} by a link to /etc/machine-id")
-    for unit in context.get(settings.MACHINE_ID_RESTART):
-        if context.run.is_active(unit):
-            context.would(f"restart {unit}")
+    for unit in _to_restart(context):
+        context.would(f"restart {unit}")
+
+
+def _to_restart(context: ActionContext) -> list[str]:
+    """The running units that remember the ID, in the configured order.
+
+    networkd asks its DHCP servers as soon as it starts. Where clones spread that, a later hook restarts it in its time.
+    """
+    units = [unit for unit in context.get(settings.MACHINE_ID_RESTART) if context.run.is_active(unit)]
+    if networkd.UNIT in units and spread.leases_will_follow(context) and networkd.managed(context.paths):
+        units.remove(networkd.UNIT)
+        context.say(f"{networkd.UNIT} is restarted when this clone's share of SpreadSec= is over")
+    return units
 
 
 def _restart_daemons(context: ActionContext, old: str, new: str) -> None:
     """Restart what remembers the ID, in the configured order. Never dbus: that would take the session down."""
-    units = [unit for unit in context.get(settings.MACHINE_ID_RESTART) if context.run.is_active(unit)]
+    units = _to_restart(context)
     journald = "systemd-journald.service" in units
     if journald and not context.early and context.run.find("journalctl"):
         # Archive the files under the old ID while their owner still has them open, so that they are marked clean.

@@ -55,15 +55,21 @@ class OneHook(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What the reactor wants of the configuration: the general time-out, and the settings of one hook by its name."""
+    """What the reactor wants of the configuration: the general time-out, and the settings of one hook by its name.
+
+    `spread_sec` is what the hooks named in `spreading` get on top of their time-out, to wait for this clone's turn.
+    """
 
     timeout_sec: float
     hook: Callable[[str], OneHook]
+    spread_sec: float = 0.0
+    spreading: frozenset[str] = frozenset()
 
     def limits(self, name: str, *, early: bool = False) -> Limits:
         """The bounds of one hook."""
         own = self.hook(name).timeout_sec
-        return Limits(timeout_sec=self.timeout_sec if own is None else own, retries=not early)
+        turn_sec = self.spread_sec if os.path.splitext(name)[0] in self.spreading and not early else 0.0
+        return Limits(timeout_sec=(self.timeout_sec if own is None else own) + turn_sec, retries=not early)
 
     def keys(self, name: str) -> Mapping[str, str]:
         """The hook's own keys."""
@@ -77,7 +83,12 @@ def configured(paths: Paths) -> Rules:
     loaded = config.load(paths)
     for problem in loaded.problems:
         log.warning("%s", problem, extra={"MESSAGE_ID": ids.CONFIGURATION_BROKEN})
-    return Rules(timeout_sec=loaded.get(settings.TIMEOUT_SEC), hook=loaded.hook)
+    return Rules(
+        timeout_sec=loaded.get(settings.TIMEOUT_SEC),
+        hook=loaded.hook,
+        spread_sec=loaded.get(settings.SPREAD_SEC),
+        spreading=settings.SPREADING_HOOKS,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
