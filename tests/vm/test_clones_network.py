@@ -8,7 +8,6 @@ hypervisors do for a guest that is running, so the template's configuration name
 
 from __future__ import annotations
 
-import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from lab import lan as network
 from lab import view
 from lab.clones import ARTIFACTS, Clones, ready
 from lab.deadline import until
 from lab.guest import Guest, Saved
 from lab.guests import Guests
-from lab.switch import MAC, SERVER, Switch, switch
+from lab.switch import MAC, SERVER, Switch, missing, switch
 
 from support.tools import need, unavailable
 
@@ -30,12 +30,6 @@ pytestmark = pytest.mark.vm
 
 Measure = Callable[[Guest, view.Event], view.Event]
 
-_NETWORK = """[Match]
-Name=eth0
-
-[Network]
-DHCP=ipv4
-"""
 # Three emulated guests on two processors make RSA keys for longer than a hook usually has.
 _CONFIGURATION = """[React]
 TimeoutSec=300
@@ -93,11 +87,9 @@ class Moments:
 @pytest.fixture(scope="module")
 def lan(lab: Path) -> Iterator[Switch]:
     """The switch and its DHCP server."""
-    need("dnsmasq", package="dnsmasq-base")
-    need("ip", package="iproute2")
     need("ssh-keyscan", package="openssh-client")
-    if not os.path.exists("/dev/net/tun"):
-        unavailable("there is no /dev/net/tun: modprobe tun")
+    if reason := missing():
+        unavailable(reason)
     with switch(lab / "lan") as made:
         yield made
 
@@ -108,12 +100,10 @@ def moments(guests: Guests, lab: Path, lan: Switch) -> Moments:
     spec = lan.connected(guests.trixie())
     guest = ready(Guest(spec, "lan-guest", lab, guid=uuid.uuid4(), smbios_uuid=uuid.uuid4()), probe=False)
     try:
-        view.put(guest, "/etc/systemd/network/20-lan.network", _NETWORK)
         view.put(guest, "/etc/vmfork/vmfork.conf.d/50-lab.conf", _CONFIGURATION)
         view.put(guest, "/etc/vmfork/hooks.d/02-lab-hold", _HOLD_HOOK, mode="0755")
         guest.check("vmforkctl", "reload")
-        guest.check("systemctl", "enable", "--now", "systemd-networkd.service")
-        guest.until("grep", "-q", "^CLIENTID=ff", "/run/systemd/netif/leases/2", what="a lease")
+        network.join(guest)
         guest.until("sh", "-c", "ip -6 -o addr show dev eth0 scope link | grep -qv tentative", what="IPv6 is settled")
         was = machine(guest)
         member = guest.save(go_on=True)
@@ -135,8 +125,7 @@ def managed(moments: Moments) -> Moments:
         guest.check("sh", "-ec", 'for deb in /srv/archive/*.deb; do dpkg-deb -x "$deb" /; done', timeout=180)
         view.put(guest, "/etc/NetworkManager/system-connections/lan.nmconnection", _NM_CONNECTION, mode="0600")
         # These clones are about their addresses; the other hooks were shown, and would take most of the time.
-        masked = "cd /usr/lib/vmfork/hooks.d; for hook in [0-9]*; do ln -s /dev/null /etc/vmfork/hooks.d/$hook; done"
-        guest.check("sh", "-ec", f"{masked}; cd /etc/vmfork/hooks.d; rm 20-machine-id 35-mac-address 40-leases")
+        network.mask_all_but(guest, "20-machine-id", "35-mac-address", "40-leases")
         networkd = ("systemd-networkd.socket", "systemd-networkd.service")
         guest.check("systemctl", "disable", "--now", *networkd, timeout=120)
         guest.check("ip", "address", "flush", "dev", "eth0")
@@ -211,6 +200,8 @@ def test_three_clones_of_a_template_collide_and_end_as_three_machines(
     assert len(lan.claimants(moments.was.address, at_least=3)) == 3
     assert len(lan.seen().macs[MAC]) == 3
 
+    # Where clones spread their requests, another hook than otherwise restarts networkd.
+    view.put(trio[-1], "/etc/vmfork/vmfork.conf.d/60-spread.conf", "[React]\nSpreadSec=5\n")
     for clone in trio:
         clone.check("rm", _HOLD)
     for clone in trio:
@@ -219,6 +210,8 @@ def test_three_clones_of_a_template_collide_and_end_as_three_machines(
         assert (event["state"], event["identity"]["policy"]) == ("settled", "rotate")
         results = {one["name"]: one["result"] for one in event["hooks"]}
         assert {results[name] for name in (*_IDENTITY_HOOKS, "40-leases", "45-neighbours")} == {"ok"}
+    # That one is still the original's.
+    assert f"DHCPRELEASE(lan) {moments.was.address}" not in lan.logged()
 
     now = [machine(clone) for clone in trio]
     for what in ("machine_id", "host_key", "mac", "address", "link_local", "client_id"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,11 +31,25 @@ MAC = "52:54:00:71:00:01"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DhcpMessage:
+    """A message to the DHCP server: when (CLOCK_MONOTONIC, seconds), behind which port, from which MAC address."""
+
+    at: float
+    port: int
+    mac: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What the switch saw: the ports behind which a MAC address sent, and those that claimed an IPv4 address."""
+    """What the switch saw: the ports behind which a MAC address sent, and those that claimed an IPv4 address.
+
+    `dhcp` is what the guests asked of the DHCP server, in the order in which it came.
+    """
 
     macs: dict[str, tuple[int, ...]]
     addresses: dict[str, tuple[int, ...]]
+    dhcp: tuple[DhcpMessage, ...]
 
 
 class Switch:
@@ -92,7 +107,18 @@ class Switch:
         except (OSError, ValueError) as error:
             raise LabError(f"the switch ended: {self.logged()[-2000:]}") from error
         macs, addresses = ({key: tuple(ports) for key, ports in answer[kind].items()} for kind in ("macs", "addresses"))
-        return Seen(macs=macs, addresses=addresses)
+        dhcp = tuple(DhcpMessage(at=at, port=port, mac=mac, kind=kind) for at, port, mac, kind in answer["dhcp"])
+        return Seen(macs=macs, addresses=addresses, dhcp=dhcp)
+
+
+def missing() -> str | None:
+    """Why there can be no such network here, None where there can."""
+    for program, package in (("dnsmasq", "dnsmasq-base"), ("ip", "iproute2")):
+        if shutil.which(program) is None:
+            return f"{program} is not installed: apt-get install {package}"
+    if not os.path.exists("/dev/net/tun"):
+        return "there is no /dev/net/tun: modprobe tun"
+    return None
 
 
 @contextmanager

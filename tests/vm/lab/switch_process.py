@@ -18,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from typing import Any, Protocol
 
@@ -27,7 +28,10 @@ PREFIX = 24
 FIRST, LAST = "10.71.0.100", "10.71.0.199"
 
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
-_ETH_P_ARP, _ETH_P_RARP = 0x0806, 0x8035
+_ETH_P_IP, _ETH_P_ARP, _ETH_P_RARP = 0x0800, 0x0806, 0x8035
+_UDP, _DHCP_SERVER_PORT = 17, 67
+_DHCP_COOKIE = bytes.fromhex("63825363")
+_DHCP_TYPES = {1: "discover", 3: "request", 4: "decline", 7: "release", 8: "inform"}
 _BROADCAST = b"\xff" * 6
 _NOBODY = bytes.fromhex("020000000001")
 _MAX_FRAME = 65536
@@ -122,12 +126,17 @@ class Switch:
         """Begin the record of what is seen anew."""
         self._macs: dict[str, set[int]] = defaultdict(set)
         self._addresses: dict[str, set[int]] = defaultdict(set)
+        self._dhcp: list[tuple[float, int, str, str]] = []
 
-    def seen(self) -> dict[str, dict[str, list[int]]]:
-        """Since the last `forget`: behind which ports a MAC address sent, and an IPv4 address was claimed (ARP)."""
+    def seen(self) -> dict[str, Any]:
+        """Since the last `forget`: behind which ports a MAC address sent, and an IPv4 address was claimed (ARP).
+
+        And what was asked of DHCP servers: when on CLOCK_MONOTONIC, behind which port, from which MAC address, what.
+        """
         return {
             "macs": {mac: sorted(ports) for mac, ports in self._macs.items()},
             "addresses": {address: sorted(ports) for address, ports in self._addresses.items()},
+            "dhcp": self._dhcp,
         }
 
     def serve(self, questions: int) -> None:
@@ -201,6 +210,24 @@ class Switch:
         self._macs[frame[6:12].hex(":")].add(number)
         if kind == _ETH_P_ARP and len(frame) >= 42 and frame[28:32] != bytes(4):
             self._addresses[socket.inet_ntoa(frame[28:32])].add(number)
+        elif kind == _ETH_P_IP and (asked := dhcp_request(frame)):
+            self._dhcp.append((time.monotonic(), number, frame[6:12].hex(":"), asked))
+
+
+def dhcp_request(frame: bytes) -> str | None:
+    """The type of the message if an IPv4 frame takes one to a DHCP server."""
+    udp = 14 + (frame[14] & 0x0F) * 4 if len(frame) > 14 else 14
+    options = udp + 8 + 236
+    if len(frame) < options + 4 or frame[23] != _UDP or int.from_bytes(frame[udp + 2 : udp + 4]) != _DHCP_SERVER_PORT:
+        return None
+    if frame[options : options + 4] != _DHCP_COOKIE:
+        return None
+    at = options + 4
+    while at + 2 < len(frame) and frame[at] != 255:
+        if frame[at] == 53:
+            return _DHCP_TYPES.get(frame[at + 2], "other")
+        at += 1 if frame[at] == 0 else 2 + frame[at + 1]
+    return None
 
 
 def start_server(log: str, leases: str) -> subprocess.Popen[bytes]:
