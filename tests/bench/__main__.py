@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import calls, crowd, edge, fleet, footprint, growth, guest, machine, peers, reaction, report
+from bench import calls, clones, crowd, edge, fleet, footprint, growth, guest, machine, peers, reaction, report
 from bench.place import TOP
 from bench.samples import Chapter
 
@@ -29,6 +29,7 @@ CHAPTERS: dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]] = {
     "peers": (lambda: peers.measure(15), lambda: peers.measure(3)),
     "growth": (lambda: growth.measure(7), lambda: growth.measure(3)),
     "fleet": (lambda: fleet.measure(10_000), lambda: fleet.measure(1000)),
+    "clones": (lambda: clones.measure(8, spread_sec=120), lambda: clones.measure(3, spread_sec=30)),
     "guest": (lambda: guest.measure(3), lambda: guest.measure(1)),
 }
 

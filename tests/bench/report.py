@@ -20,6 +20,7 @@ _TITLES = {
     "peers": "Peers, on the same work",
     "growth": "Growth",
     "fleet": "A fleet of clones",
+    "clones": "A few real clones and their DHCP server (emulated)",
     "guest": "In a forked guest (emulated)",
 }
 
