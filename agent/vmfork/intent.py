@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from vmfork import atomicfile
 from vmfork.errors import InputError
 from vmfork.jsonfields import Fields, parse_object
-from vmfork.model import LAST_GENERATION, ForkEvent, Identity, IdentityPolicy, Kind
+from vmfork.model import LAST_GENERATION, UNDECIDED, ForkEvent, Identity, Kind
 
 # The kernel copies a write within one page of a file in RAM as a whole: it looks for a fatal signal before each page
 # (generic_perform_write), so a kill leaves the old note or the new one.
 _SIZE = 4096
 
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+# A line of JSON, put together by hand: setting up an encoder takes longer than all the rest of a note.
+_NOTE = (
+    '{"boot_id":%s,"generation":%d,"token":"%s","kind":"%s","edges":[%s],"generation_id":%s,'
+    '"previous_generation_id":%s,"detected_at_ns":%d,"boottime_ns":%d,"identity":%s,"kmsg_sequence":%s,'
+    '"truths":{%s},"credits":{%s}}\n'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +43,7 @@ class Intent:
     @classmethod
     def from_json(cls, fields: Fields) -> Intent:
         truths, credit = fields.object("truths"), fields.object("credits")
-        token = fields.hex_or_none("token", size=16)
+        token, identity = fields.hex_or_none("token", size=16), fields.object_or_none("identity")
         return cls(
             boot_id=fields.text("boot_id"),
             event=ForkEvent(
@@ -50,7 +55,7 @@ class Intent:
                 previous_generation_id=fields.hex_or_none("previous_generation_id", size=16),
                 detected_at_ns=fields.integer("detected_at_ns"),
                 boottime_ns=fields.integer("boottime_ns"),
-                identity=Identity(policy=fields.choice("policy", IdentityPolicy), reason=fields.text("reason")),
+                identity=UNDECIDED if identity is None else Identity.from_json(identity),
             ),
             kmsg_sequence=fields.integer_or_none("kmsg_sequence"),
             truths={name: truths.hex_or_none(name) or b"" for name in truths},
@@ -59,9 +64,10 @@ class Intent:
 
 
 class IntentFile:
-    """The note of this daemon; OSError where it cannot be had."""
+    """The note of this daemon in this boot; OSError where it cannot be had."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, boot_id: str) -> None:
+        self._boot_id = json.dumps(boot_id)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         # Room for every later note, now: a full /run must not be in the way of a fork.
         try:
@@ -71,32 +77,38 @@ class IntentFile:
             os.close(self._descriptor)
             raise
 
-    def write(self, intent: Intent) -> bool:
-        """Replace the note; False where the intent does not fit in. OSError if the kernel refuses."""
-        event = intent.event
-        previous = event.previous_generation_id
-        note = _encode(
-            {
-                "boot_id": intent.boot_id,
-                "generation": event.generation,
-                "token": event.token.hex(),
-                "kind": event.kind,
-                "edges": event.edges,
-                "generation_id": None if event.generation_id is None else event.generation_id.hex(),
-                "previous_generation_id": None if previous is None else previous.hex(),
-                "detected_at_ns": event.detected_at_ns,
-                "boottime_ns": event.boottime_ns,
-                "policy": event.identity.policy,
-                "reason": event.identity.reason,
-                "kmsg_sequence": intent.kmsg_sequence,
-                "truths": {name: value.hex() for name, value in intent.truths.items()},
-                "credits": intent.credits,
-            }
-        ).encode()
-        return len(note) < _SIZE and os.pwrite(self._descriptor, note.ljust(_SIZE), 0) == _SIZE
+    def write(
+        self, event: ForkEvent, *, kmsg_sequence: int | None, truths: Mapping[str, bytes], credited: Mapping[str, int]
+    ) -> bool:
+        """Replace the note; False where this one does not fit in. OSError if the kernel refuses."""
+        identity = event.identity
+        text = _NOTE % (
+            self._boot_id,
+            event.generation,
+            event.token.hex(),
+            event.kind,
+            _joined(f'"{name}"' for name in event.edges),
+            _quoted(event.generation_id),
+            _quoted(event.previous_generation_id),
+            event.detected_at_ns,
+            event.boottime_ns,
+            "null" if identity is UNDECIDED else json.dumps(identity.to_json()),
+            "null" if kmsg_sequence is None else kmsg_sequence,
+            _joined(f'"{name}":"{value.hex()}"' for name, value in truths.items()),
+            _joined(f'"{name}":{value}' for name, value in credited.items()),
+        )
+        note = text.encode()
+        return len(note) <= _SIZE and os.pwrite(self._descriptor, note, 0) == len(note)
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+_joined = ",".join
+
+
+def _quoted(value: bytes | None) -> str:
+    return "null" if value is None else f'"{value.hex()}"'
 
 
 def load(path: str) -> Intent | None:
@@ -107,4 +119,6 @@ def load(path: str) -> Intent | None:
         return None
     except OSError as error:
         raise InputError(path, f"cannot be read: {error.strerror}") from error
-    return Intent.from_json(parse_object(data, path)) if data.strip() else None
+    # What stands behind the first line is left over from a longer note.
+    note = data.partition(b"\n")[0].strip()
+    return Intent.from_json(parse_object(note, path)) if note else None

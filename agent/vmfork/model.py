@@ -84,6 +84,10 @@ class Identity:
         return cls(policy=fields.choice("policy", IdentityPolicy), reason=fields.text("reason"))
 
 
+UNDECIDED = Identity(policy=IdentityPolicy.KEEP, reason="not decided yet")
+"""Of a fork that is just being published: who this guest is to be is found out after that."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookResult:
     """What one hook did: `exit_code` or `signal` where it ended by itself, `duration_ms` where it ran."""

@@ -256,8 +256,8 @@ def memory_file(data: bytes) -> None:
         )
     )
     memory = Memory(truths=ledger.remembered.truths, credits=ledger.remembered.credits)
+    ledger.publish(fresh, memory, kmsg_sequence=None)
     ledger.remember(memory, kmsg_sequence=None, interrupts=ledger.remembered.interrupts, event=fresh)
-    ledger.publish()
     ledger.complete(250)
     ledger.save_progress()
     assert ledger.generation == ledger.remembered.generation == fresh.generation > generation

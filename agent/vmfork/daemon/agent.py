@@ -22,7 +22,7 @@ from vmfork.daemon.snapshots import Snapshots
 from vmfork.daemon.sysgenid import SysGenId
 from vmfork.daemon.watch import Watch
 from vmfork.jsonfields import JsonObject, JsonValue
-from vmfork.model import Detection, EventState, ForkEvent, IdentityPolicy, Kind
+from vmfork.model import UNDECIDED, Detection, EventState, ForkEvent, IdentityPolicy, Kind
 from vmfork.page import STATE_FAILED, STATE_REACTING
 from vmfork.paths import Paths
 from vmfork.varlink.server import Call, Handler
@@ -75,6 +75,8 @@ class Vmforkd:
         raise_limit()
         self._service = Service(self.loop, self, public=not self._early)
         unfinished = self.ledger.event is not None and not self.ledger.remembered.handled
+        if unfinished:
+            self._decide()
         self._began = False
         self.watch.start()
         if unfinished and not self._began:
@@ -84,6 +86,12 @@ class Vmforkd:
             self._run_early()
         else:
             self._run_on()
+
+    def _decide(self) -> None:
+        """A detector that was killed right after it published had not found out yet who this guest is to be."""
+        event = self.ledger.event
+        if event is not None and event.identity == UNDECIDED:
+            self.ledger.revise(self.watch.identity(event.kind))
 
     def _reconsider(self) -> None:
         """The early boot decided before cloud-init asked the cloud who this is: by now it may be known as a clone."""

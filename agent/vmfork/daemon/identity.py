@@ -15,7 +15,7 @@ from vmfork.truths.evidence import read_instance_id, read_smbios, same_machine
 
 
 def choose(paths: Paths, config: Config, saved: Saved, kind: Kind, *, asked: IdentityPolicy | None) -> Identity:
-    """The policy for a fork of this kind. Only a cold one looks at the evidence: a live one must not wait for files."""
+    """The policy for a fork of this kind; only a cold one looks at the evidence."""
     template = _template(paths, config)
     evidence = policy.Evidence(kind=kind, template=template)
     if kind is Kind.COLD:
@@ -32,9 +32,7 @@ def choose(paths: Paths, config: Config, saved: Saved, kind: Kind, *, asked: Ide
 def _template(paths: Paths, config: Config) -> str | None:
     if config.get(settings.TEMPLATE):
         return "Template=yes is configured"
-    # Unlike lexists(), access() makes no exception of what is not there: this is on the way to the page.
-    marks = (paths.template_mark_run, paths.template_mark)
-    if any(os.access(mark, os.F_OK, follow_symlinks=False) for mark in marks):
+    if os.path.lexists(paths.template_mark_run) or os.path.lexists(paths.template_mark):
         return "this guest was declared a template by vmforkctl prepare --template"
     return None
 

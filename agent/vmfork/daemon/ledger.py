@@ -88,7 +88,7 @@ class Ledger:
         if self._intent is not None:
             self._intent.close()
             self._intent = None
-        self._intent = intent.IntentFile(self._paths.detector_intent)
+        self._intent = intent.IntentFile(self._paths.detector_intent, boot_id=self.remembered.boot_id)
 
     def _mend(self) -> None:
         """Finish what a killed detector had begun, and never let the generation go back."""
@@ -140,6 +140,25 @@ class Ledger:
 
     # What happens to a fork, in this order.
 
+    def publish(self, event: ForkEvent, memory: Memory, *, kmsg_sequence: int | None) -> None:
+        """Note a fork and what was read in RAM, then put it onto the page.
+
+        Only what cannot be found out again is noted: this is the way that everybody waits for. `remember` comes next.
+        """
+
+        def note() -> None:
+            if self._intent is None or not self._intent.write(
+                event, kmsg_sequence=kmsg_sequence, truths=memory.truths, credited=memory.credits
+            ):
+                raise InputError(self._paths.detector_intent, "does not take the note of a fork")
+
+        if not self._attempt(self._paths.detector_intent, note):
+            instead = self.remembered.with_fork(
+                event, truths=memory.truths, credits=memory.credits, kmsg_sequence=kmsg_sequence
+            )
+            self._attempt(self._paths.detector_memory, lambda: state.store_remembered(self._paths, instead))
+        self._publish(event)
+
     def remember(
         self,
         memory: Memory,
@@ -149,7 +168,7 @@ class Ledger:
         event: ForkEvent | None = None,
         interrupted: Sequence[HookResult] = (),
     ) -> None:
-        """Note in RAM what was read and decided; with `event`, what is about to be published.
+        """What was read and decided; with `event`, the fork that was published, for `complete` to write down.
 
         An older fork whose reaction is still going on is superseded then; `interrupted` are its unfinished hooks.
         """
@@ -157,28 +176,8 @@ class Ledger:
         seen |= {"kmsg_sequence": kmsg_sequence, "interrupts": interrupts}
         if event is None:
             self._remember(replace(self.remembered, **seen))
-            return
-        self.remembered = remembered = self.remembered.with_fork(event, interrupted, **seen)
-        if not self._attempt(self._paths.detector_intent, lambda: self._note_intent(event)):
-            self._remember(remembered)
-
-    def _note_intent(self, event: ForkEvent) -> None:
-        now = self.remembered
-        if self._intent is None or not self._intent.write(
-            intent.Intent(
-                boot_id=now.boot_id,
-                event=event,
-                kmsg_sequence=now.kmsg_sequence,
-                truths=now.truths,
-                credits=now.credits,
-            )
-        ):
-            raise InputError(self._paths.detector_intent, "does not take the note of a fork")
-
-    def publish(self) -> None:
-        """Put the remembered fork onto the page."""
-        if self.remembered.event is not None:
-            self._publish(self.remembered.event)
+        else:
+            self.remembered = self.remembered.with_fork(event, interrupted, **seen)
 
     def complete(self, microseconds: int | None) -> None:
         """After a fork was published: the whole memory, with its latency, which could only be known now."""

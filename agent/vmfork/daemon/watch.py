@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an edge to a fork: drain what is ready, read every truth, decide once, make this clone differ, publish.
 
-The order of a fork is fixed: random numbers first, then a note in /run, then the page, then everybody who listens, then
-the reaction, then the whole memory in /run, and the disk last. Nothing before the page waits for a disk or for another
-process.
+The order of a fork is fixed: random numbers first, then a note in /run, then the page, then who this guest is to be,
+then everybody who listens, then the reaction, then the whole memory in /run, and the disk last. Nothing before the page
+waits for a disk or for another process, or looks for a file that the decision does not need.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vmfork.detector import GENERATION_ID, Decision, Memory, WakeUp, decide
 from vmfork.edges import NOTHING, Heard
 from vmfork.edges.interrupts import moved, read_counters
 from vmfork.edges.logclock import read_log_clock
-from vmfork.model import Detection, ForkEvent, HookResult, Identity, IdentityPolicy, Kind, SourceStatus
+from vmfork.model import UNDECIDED, Detection, ForkEvent, HookResult, Identity, IdentityPolicy, Kind, SourceStatus
 from vmfork.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,8 @@ class Watch:
         """Act as if the guest was forked, because root said so."""
         log.info("triggered by hand: %s", reason)
         truths = self._look()
-        return self._announce(Kind.MANUAL, ("manual",), truths, self._memory.truths.get(GENERATION_ID), asked=asked)
+        previous = self._memory.truths.get(GENERATION_ID)
+        return self._announce(Kind.MANUAL, ("manual",), truths, previous, identity=self.identity(Kind.MANUAL, asked))
 
     def _announce(
         self,
@@ -202,7 +203,7 @@ class Watch:
         previous: bytes | None,
         *,
         heard: Mapping[str, Heard] | None = None,
-        asked: IdentityPolicy | None = None,
+        identity: Identity = UNDECIDED,
     ) -> ForkEvent:
         moment = Moment.now()
         kernel = (heard or {}).get("kmsg", NOTHING)
@@ -217,11 +218,13 @@ class Watch:
             previous_generation_id=previous,
             detected_at_ns=moment.realtime,
             boottime_ns=moment.boottime,
-            identity=self.identity(kind, asked),
+            identity=identity,
         )
-        self._note(event)
-        self._ledger.publish()
+        self._ledger.publish(event, self._memory_of_this_boot(), kmsg_sequence=self.sources.kmsg.last_sequence)
         published = time.monotonic_ns()
+        if identity is UNDECIDED:
+            event = replace(event, identity=self.identity(kind))
+        self._note(event)
         self._on_fork(event)
         latency = self._latency_us(kernel.record_us, published, event.generation)
         self._ledger.complete(latency)
@@ -251,17 +254,19 @@ class Watch:
         return elapsed if elapsed >= 0 else None
 
     def _note(self, event: ForkEvent | None = None) -> None:
-        memory = self._memory
-        if self._id_is_from_disk:
-            seen = {name: value for name, value in memory.truths.items() if name != GENERATION_ID}
-            memory = replace(memory, truths=seen)
         self._ledger.remember(
-            memory,
+            self._memory_of_this_boot(),
             kmsg_sequence=self.sources.kmsg.last_sequence,
             interrupts=self._interrupts,
             event=event,
             interrupted=() if event is None else self._interrupted(),
         )
+
+    def _memory_of_this_boot(self) -> Memory:
+        if not self._id_is_from_disk:
+            return self._memory
+        seen = {name: value for name, value in self._memory.truths.items() if name != GENERATION_ID}
+        return replace(self._memory, truths=seen)
 
     # What others ask.
 
