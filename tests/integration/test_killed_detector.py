@@ -39,6 +39,8 @@ def test_a_fork_is_one_event_with_its_own_token_however_soon_after_the_page_the_
             daemon.start()
             event = daemon.settled(generation)
             assert (event["generation"], event["token"], event["edges"]) == (generation, token, ["kmsg"])
+            # It was published before this was found out: the next detector has to.
+            assert event["identity"] == daemon.status()["identity"]
             assert f"{generation} {token}\n" in (guest.root / "ran").read_text()
         assert [one["generation"] for one in daemon.forks()] == list(range(2, 12))
     # Without this the test would prove nothing: mostly the whole memory was not written yet.
