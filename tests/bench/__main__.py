@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import calls, clones, crowd, edge, fleet, footprint, growth, guest, machine, peers, reaction, report
+from bench import calls, clones, crowd, edge, fleet, footprint, growth, guest, machine, peers, reaction, report, steps
 from bench.place import TOP
 from bench.samples import Chapter
 
 # Full and quick runs of each chapter.
 CHAPTERS: dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]] = {
     "edge": (lambda: edge.measure(300), lambda: edge.measure(30)),
+    "steps": (lambda: steps.measure(100), lambda: steps.measure(15)),
     "reaction": (lambda: reaction.measure(30), lambda: reaction.measure(6)),
     "footprint": (
         lambda: footprint.measure(idle_sec=180, starts=20),

@@ -13,6 +13,7 @@ from bench.samples import Chapter, Curve, Series
 
 _TITLES = {
     "edge": "From the edge to the page",
+    "steps": "The steps from the edge to the page",
     "reaction": "From the edge to the hooks",
     "footprint": "The idle detector",
     "calls": "What programs and people call",
@@ -62,7 +63,8 @@ def rows(chapter: Chapter) -> Iterable[tuple[str, str, str, str, str]]:
     for one in chapter.series:
         shown = one.percentile(99) if one.budget_of == "p99" else one.median
         low, high = one.quartiles
-        spread = f"{number(low)} to {number(high)}" if len(one.values) > 1 else ""
+        # The quartiles of all values say nothing of how sure their 99th percentile is.
+        spread = f"{number(low)} to {number(high)}" if len(one.values) > 1 and one.budget_of == "median" else ""
         yield one.what, f"{number(shown)} {one.unit}".strip(), spread, str(len(one.values)), verdict(one)
 
 
