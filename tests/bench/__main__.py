@@ -30,7 +30,7 @@ CHAPTERS: dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]] = {
     "peers": (lambda: peers.measure(15), lambda: peers.measure(3)),
     "growth": (lambda: growth.measure(7), lambda: growth.measure(3)),
     "fleet": (lambda: fleet.measure(10_000), lambda: fleet.measure(1000)),
-    "clones": (lambda: clones.measure(8, spread_sec=120), lambda: clones.measure(3, spread_sec=30)),
+    "clones": (lambda: clones.measure(6, spread_sec=120), lambda: clones.measure(3, spread_sec=30)),
     "guest": (lambda: guest.measure(3), lambda: guest.measure(1)),
 }
 

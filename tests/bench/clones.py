@@ -195,6 +195,10 @@ def _rows(clones: list[Clone], window: float, was: str) -> list[Series]:
         ),
     ]
     if window > 0:
+        late = [clone.asked[0] - share(clone.token, window) for clone in clones]
+        found.append(
+            Series(key="late", what=f"{label}: from its turn to a clone's first message", unit="s", values=late)
+        )
         found.append(Series(key="early", what=f"{label}: before their turn", unit="", values=[float(early)], budget=0))
     for one in found:
         one.key += f"-{window:g}"
