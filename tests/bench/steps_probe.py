@@ -52,24 +52,26 @@ def begin(owner: Any, name: str) -> None:
     setattr(owner, name, timed)
 
 
-def finish(plain: Callable[..., int | None]) -> Callable[..., int | None]:
-    """The latency is computed first after the page: the kernel's stamp, where the first step began, is known here."""
+def finish(owner: Any, name: str) -> None:
+    """How old the record is comes after the page: the kernel's stamp, where the first step began, is known here."""
 
-    def timed(self: watch.Watch, record_us: int | None, *arguments: Any) -> int | None:
+    plain: Callable[..., int | None] = getattr(owner, name)
+
+    def timed(paths: Paths, record_us: int | None, **named: Any) -> int | None:
         if record_us is not None and marks[-1][0] == "page":
             last, found = record_us * 1000, dict[str, int]()
             for step, at in marks:
                 found[step] = found.get(step, 0) + at - last
                 last = at
             forks.append(found)
-        return plain(self, record_us, *arguments)
+        return plain(paths, record_us, **named)
 
-    return timed
+    setattr(owner, name, timed)
 
 
 def main() -> None:
     begin(watch.Watch, "_on_readable")
-    watch.Watch._latency_us = finish(watch.Watch._latency_us)  # type: ignore[method-assign]
+    finish(watch, "record_age_us")
     between(kmsg.Kmsg, "drain", "asking who is ready", "reading the log")
     between(sources.Sources, "read_truths", None, "reading the truths, twice")
     between(watch, "decide", None, "deciding")

@@ -24,7 +24,7 @@ from vmfork.daemon.sources import VMCLOCK, Sources
 from vmfork.detector import GENERATION_ID, Decision, Memory, WakeUp, decide
 from vmfork.edges import NOTHING, Heard
 from vmfork.edges.interrupts import moved, read_counters
-from vmfork.edges.logclock import read_log_clock
+from vmfork.edges.logclock import record_age_us
 from vmfork.model import UNDECIDED, Detection, ForkEvent, HookResult, Identity, IdentityPolicy, Kind, SourceStatus
 from vmfork.paths import Paths
 
@@ -226,7 +226,8 @@ class Watch:
             event = replace(event, identity=self.identity(kind))
         self._note(event)
         self._on_fork(event)
-        latency = self._latency_us(kernel.record_us, published, event.generation)
+        notice = f"vmforkd: fork noticed, generation {event.generation}"
+        latency = record_age_us(self._paths, kernel.record_us, at_ns=published, message=notice)
         self._ledger.complete(latency)
         self._ledger.save_progress()
         self._interrupts = read_counters(self._paths)
@@ -241,17 +242,6 @@ class Watch:
         if problem is not None:
             log.error("the kernel's random numbers may be those of this guest's siblings: %s", problem)
         return replace(event, detect_latency_us=latency)
-
-    def _latency_us(self, record_us: int | None, published_ns: int, generation: int) -> int | None:
-        """From the kernel's record to the page; None where there is no record, or no telling how old it is."""
-        if record_us is None:
-            return None
-        reading = read_log_clock(self._paths, f"vmforkd: fork noticed, generation {generation}")
-        if reading is None:
-            return None
-        now_ns, log_us = reading
-        elapsed = log_us - record_us - (now_ns - published_ns) // 1000
-        return elapsed if elapsed >= 0 else None
 
     def _note(self, event: ForkEvent | None = None) -> None:
         self._ledger.remember(

@@ -47,3 +47,16 @@ def read_log_clock(paths: Paths, message: str) -> tuple[int, int] | None:
     finally:
         os.close(descriptor)
     return None
+
+
+def record_age_us(paths: Paths, record_us: int | None, *, at_ns: int, message: str) -> int | None:
+    """How old, in microseconds, a record with the stamp `record_us` was at `at_ns` of CLOCK_MONOTONIC.
+
+    None where there is no record, where the log's clock cannot be read, or where the clocks contradict each other.
+    """
+    reading = None if record_us is None else read_log_clock(paths, message)
+    if record_us is None or reading is None:
+        return None
+    now_ns, log_us = reading
+    age = log_us - record_us - (now_ns - at_ns) // 1000
+    return age if age >= 0 else None
