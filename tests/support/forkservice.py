@@ -45,6 +45,7 @@ class ForkService:
         self.acknowledged: list[tuple[int, int | None]] = []
         self.subscribers: list[Call] = []
         self.refuses_tracked = False
+        self.forks_at_hello = False
         self._todo: list[Callable[[], None]] = []
         self._stopped = False
         self._awake, self._waker = os.pipe()
@@ -159,7 +160,16 @@ class ForkService:
         missed = self.last if self.last is not None and after is not None and self.last.generation > after else None
         self.subscribers.append(call)
         call.connection.on_close = lambda: self.subscribers.remove(call)
+        if self.forks_at_hello:
+            self._greet_and_fork(call)
+            return
         call.reply(self._notice("hello", event=missed), continues=True)
+
+    def _greet_and_fork(self, call: Call) -> None:
+        """Both in one piece, as a busy machine delivers them."""
+        hello = framing.encode_reply(self._notice("hello", event=None), continues=True)
+        fork = framing.encode_reply(self._notice("fork", event=self.fork(tell=False)), continues=True)
+        call.connection.send_encoded(hello + fork)
 
     def _acknowledge(self, call: Call) -> None:
         snapshot = call.parameters.integer_or_none("snapshot")

@@ -67,6 +67,16 @@ def test_a_closed_watcher_leaves_no_descriptor(service: ForkService) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_fork_that_comes_with_the_hello_makes_the_descriptor_readable(service: ForkService) -> None:
+    service.forks_at_hello = True
+    with vmfork.Watcher() as watcher:
+        assert readable(watcher, 5)
+        event = watcher.read()
+        assert event is not None
+        assert event.generation == 2
+        assert not readable(watcher, 0.05)
+
+
 def test_read_without_a_fork_is_none(service: ForkService) -> None:
     with vmfork.Watcher() as watcher:
         assert watcher.read() is None

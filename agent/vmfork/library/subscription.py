@@ -71,6 +71,10 @@ class Subscription:
         except VmforkError as error:
             self.close()
             raise Unavailable(str(error), hint=error.hint) from error
+        # A fork may have come in one piece with the hello, or be told by it: the socket shows nothing of it any more.
+        self._receive()
+        if any(notice.kind != "hello" for notice in self._pending):
+            os.eventfd_write(self._wake, 1)
 
     @property
     def closed(self) -> bool:
