@@ -114,8 +114,10 @@ def in_namespaces(flags: Sequence[str], shell: str, *, timeout: float = 60) -> s
         f"{sys.executable} -c 'import sys; from vmfork.actions import main; sys.exit(main(sys.argv[1], sys.argv[2:]))'"
     )
     script = f'set -e\naction() {{ {action} "$@"; }}\n{shell}\n'
+    # Under nohup(1) the signal is ignored, and a shell that finds it ignored cannot trap it, nor does sshd act on it.
+    hears_hangups = ["env", "--default-signal=HUP"]
     return subprocess.run(
-        ["unshare", *flags, "--kill-child", "--fork", "sh", "-c", script],
+        ["unshare", *flags, "--kill-child", "--fork", *hears_hangups, "sh", "-c", script],
         capture_output=True,
         text=True,
         timeout=timeout,
