@@ -55,6 +55,8 @@ def kill_points(victim: Victim) -> tuple[list[Injection], Row]:
     """One injection for each call that an undisturbed run makes, and what became of that run."""
     scenario = victim.scenario(f"{victim.name}, undisturbed", lambda log: strace(log=log, trace=CHANGES))
     row = scenario.run()
+    # A reactor that does not hear that it shall end is killed by the daemon, seconds later.
+    row.check(KILLED not in scenario.traced, "a program that nobody touched had to be killed")
     counts = counted(scenario.traced)
     # The first execve is strace's own start of the program.
     counts["execve"] -= 1

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from support.hooks import QUICK, TOKEN, Guest, Recorder, alive, always, event, occasion, pids_in, run
 from vmfork import ids
 from vmfork.model import EventState, HookOutcome, HookResult
+from vmfork.reactor.descendants import Process
 from vmfork.reactor.discovery import discover, runnable
 from vmfork.reactor.engine import Engine
 from vmfork.reactor.inprocess import InProcess
@@ -198,6 +200,34 @@ def test_a_reporter_may_interrupt_before_a_hook_is_started(guest: Guest, tmp_pat
     assert recorder.outcomes()["20-second"] is HookOutcome.INTERRUPTED
     assert recorder.results["20-second"].duration_ms is None
     assert not (tmp_path / "ran").exists()
+
+
+class NewsWhileStarting:
+    """Records whose `runs`, the last step of starting a hook, is where a newer fork becomes known."""
+
+    def __init__(self) -> None:
+        self.interrupt: Callable[[], None] = lambda: None
+
+    def begins(self, hook: str, token: str | None) -> None:
+        pass
+
+    def runs(self, hook: str, token: str | None, process: Process) -> None:
+        self.interrupt()
+
+    def ended(self, hook: str) -> None:
+        pass
+
+
+def test_a_hook_during_whose_start_the_run_is_interrupted_is_ended_at_once(guest: Guest) -> None:
+    guest.hook("10-slow", "exec sleep 15")
+    recorder, records = Recorder(), NewsWhileStarting()
+    with Engine(occasion(guest), lambda _: PATIENT, recorder, records=records) as engine:
+        records.interrupt = engine.interrupt
+        began = time.monotonic()
+        state = engine.run(runnable(discover(guest.paths, always)))
+    assert state is EventState.SUPERSEDED
+    assert time.monotonic() - began < 5
+    assert recorder.outcomes() == {"10-slow": HookOutcome.INTERRUPTED}
 
 
 def test_a_hook_that_cannot_be_started_fails_with_a_reason(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:

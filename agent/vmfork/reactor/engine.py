@@ -134,24 +134,24 @@ class Engine:
                 if self.interrupted:
                     waiting.clear()
                     self._stop_all()
-                while waiting and self._may_start_one():
-                    hook = waiting.popleft()
-                    self._reporter.started(hook)
-                    run = HookRun(hook, self._limits_of(hook.name), self._occasion.generation, self._selector)
-                    self._runs.append(run)
-                    # The report may have brought the news of a newer fork: this hook is its first victim then.
-                    if self.interrupted:
-                        break
-                    self._start(run)
-                    # Hooks end while others are being started; their pipes must not fill up meanwhile.
-                    self._turn(0.0)
-                self._turn(None)
+                if not waiting or len(self._runs) >= MAX_PARALLEL:
+                    self._turn(None)
+                    continue
+                self._begin(waiting.popleft())
+                # Hooks end while others are being started; their pipes must not fill up meanwhile. This may take an
+                # interruption's word out of the pipe: whether there was one is looked at before anything waits.
+                self._turn(0.0)
         finally:
             self._abandon()
         self._note_strays(group)
 
-    def _may_start_one(self) -> bool:
-        return len(self._runs) < MAX_PARALLEL and not self.interrupted
+    def _begin(self, hook: Hook) -> None:
+        self._reporter.started(hook)
+        run = HookRun(hook, self._limits_of(hook.name), self._occasion.generation, self._selector)
+        self._runs.append(run)
+        # The report may have brought the news of a newer fork: this hook is its first victim then.
+        if not self.interrupted:
+            self._start(run)
 
     def _turn(self, timeout: float | None) -> None:
         """Wait for the next event or deadline, at most `timeout` seconds, and act on all that are due."""
