@@ -258,7 +258,7 @@ def memory_file(data: bytes) -> None:
     memory = Memory(truths=ledger.remembered.truths, credits=ledger.remembered.credits)
     ledger.publish(fresh, memory, kmsg_sequence=None)
     ledger.remember(memory, kmsg_sequence=None, interrupts=ledger.remembered.interrupts, event=fresh)
-    ledger.complete(250)
+    ledger.complete(250, interrupts=ledger.remembered.interrupts)
     ledger.save_progress()
     assert ledger.generation == ledger.remembered.generation == fresh.generation > generation
     ledger.close()
@@ -328,11 +328,8 @@ class _Peer:
         self.path = paths.public_socket
 
     def turn(self, times: int) -> None:
-        selector = self.agent.loop.selector
         for _ in range(times):
-            for key, mask in selector.select(0):
-                if selector.get_map().get(key.fd) is key:
-                    key.data(mask)
+            self.agent.loop.turn(0)
 
 
 _peers: list[_Peer] = []

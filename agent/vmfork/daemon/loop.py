@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemon's one loop: descriptors, deadlines and signals, all in one thread.
 
-Every key of the selector carries a callable as its data; `key.data(mask)` is called when it is ready. Deadlines are in
-CLOCK_MONOTONIC: the wall clock is wrong after a fork. While nothing is due and no descriptor is ready the process
-sleeps without a time-out.
+Deadlines are in CLOCK_MONOTONIC: the wall clock is wrong after a fork. While nothing is due and no descriptor is ready
+the process sleeps without a time-out. It is epoll itself, not `selectors`: what stands between a descriptor and its
+action stands between a fork and the page.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import contextlib
 import heapq
 import itertools
 import os
-import selectors
+import select
 import signal
 import time
 from collections.abc import Callable
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import Any
 
 _FEW = 64  # deadlines that are not worth a sweep
+_ROUND = 64  # descriptors in one round; epoll takes those that had to wait first in the next one
 
 
 class Deadline:
@@ -42,10 +45,11 @@ class Deadline:
 
 
 class Loop:
-    """Waits and calls; `stop` ends `run` after the current round."""
+    """Waits and calls; `stop` ends `run` after the current round. `register` and what follows are as in `selectors`."""
 
     def __init__(self) -> None:
-        self.selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}
         self._deadlines: list[tuple[float, int, Deadline]] = []
         self._order = itertools.count()
         self._sweep_at = _FEW
@@ -55,23 +59,49 @@ class Loop:
 
     def run(self) -> None:
         while self._running:
-            for key, mask in self.selector.select(self._patience()):
-                # An earlier call of this round may have unregistered it.
-                if self.selector.get_map().get(key.fd) is key:
-                    key.data(mask)
-            self._run_due()
+            self.turn(self._patience())
+
+    def turn(self, patience: float | None) -> None:
+        """One round: wait that many seconds at most (None: for ever), call what is ready, run what is due."""
+        ready = self._epoll.poll(patience, _ROUND)
+        for descriptor, events, watched in [(one, events, self._watched.get(one)) for one, events in ready]:
+            # An earlier call of this round may have unregistered it, and its number may be another file's by now.
+            if watched is not None and self._watched.get(descriptor) is watched:
+                interest, action = watched
+                action(_mask(events) & interest)
+        self._run_due()
 
     def stop(self) -> None:
         self._running = False
 
     def watch(self, descriptor: int, action: Callable[[], None]) -> None:
         """Call `action` whenever the descriptor is readable."""
-        self.selector.register(descriptor, selectors.EVENT_READ, lambda _mask: action())
+        self.register(descriptor, EVENT_READ, lambda _mask: action())
 
     def forget(self, descriptor: int) -> None:
         """Stop watching; a descriptor that is not watched is no error."""
-        with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(descriptor)
+        if descriptor in self._watched:
+            self.unregister(descriptor)
+
+    def register(self, file: Any, events: int, action: Callable[[int], object], /) -> None:
+        """Call `action(mask)` whenever one of these events is there; OSError where the kernel refuses."""
+        descriptor = _descriptor(file)
+        self._epoll.register(descriptor, _interest(events))
+        self._watched[descriptor] = (events, action)
+
+    def modify(self, file: Any, events: int, action: Callable[[int], object], /) -> None:
+        """Other events, or another action, for what is registered."""
+        descriptor = _descriptor(file)
+        self._epoll.modify(descriptor, _interest(events))
+        self._watched[descriptor] = (events, action)
+
+    def unregister(self, file: Any, /) -> None:
+        """The end of it; KeyError for what is not registered."""
+        descriptor = _descriptor(file)
+        del self._watched[descriptor]
+        # Closing a file has taken it out of epoll already.
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(descriptor)
 
     def after(self, seconds: float, action: Callable[[], None]) -> Deadline:
         """Call `action` once, so many seconds from now."""
@@ -118,3 +148,16 @@ class Loop:
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
             heapq.heappop(self._deadlines)[2].run()
+
+
+def _descriptor(file: Any) -> int:
+    return file if isinstance(file, int) else int(file.fileno())
+
+
+def _interest(events: int) -> int:
+    return (select.EPOLLIN if events & EVENT_READ else 0) | (select.EPOLLOUT if events & EVENT_WRITE else 0)
+
+
+def _mask(events: int) -> int:
+    """An error or a hang-up is reported to readers and writers alike, whoever of them looks for it."""
+    return (EVENT_READ if events & ~select.EPOLLOUT else 0) | (EVENT_WRITE if events & ~select.EPOLLIN else 0)

@@ -70,7 +70,7 @@ class Service:
 
     def _serve(self, loop: Loop, path: str, mode: int, methods: Mapping[str, Handler], product: Product) -> Server:
         return Server(
-            loop.selector,
+            loop,
             path,
             mode=mode,
             methods={f"{_INTERFACE}.{name}": handler for name, handler in methods.items()},

@@ -13,7 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from vmfork.errors import ProtocolError
 from vmfork.varlink.call import Call, Peer
@@ -43,6 +43,16 @@ class Limits:
     accepts_per_turn: int = 64
 
 
+class Selector(Protocol):
+    """What calls `data(mask)` for a socket that is ready: a loop, or a selector of `selectors` behind one."""
+
+    def register(self, fileobj: socket.socket, events: int, data: Any, /) -> object: ...
+
+    def modify(self, fileobj: socket.socket, events: int, data: Any, /) -> object: ...
+
+    def unregister(self, fileobj: socket.socket, /) -> object: ...
+
+
 class Owner(Protocol):
     """What a connection needs of its server."""
 
@@ -50,7 +60,7 @@ class Owner(Protocol):
     def limits(self) -> Limits: ...
 
     @property
-    def selector(self) -> selectors.BaseSelector: ...
+    def selector(self) -> Selector: ...
 
     def runs_beside_stream(self, method: str) -> bool: ...
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A varlink server on one unix socket, driven by somebody else's `selectors` loop.
+"""A varlink server on one unix socket, driven by somebody else's selector.
 
 Every key it registers carries a callable as `data`; the loop calls `key.data(mask)`. Nothing here blocks, and what
 any client, or all of them, can use is bounded by Limits. Who may call what is decided by which methods the socket
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from vmfork.errors import InputError, VmforkError
 from vmfork.varlink import framing, interface
 from vmfork.varlink.call import Call, Caller, InvalidParameter, Peer
-from vmfork.varlink.connection import Connection, Limits
+from vmfork.varlink.connection import Connection, Limits, Selector
 from vmfork.varlink.listen import identity, listen
 
 __all__ = ["Call", "Caller", "Handler", "Limits", "Peer", "Product", "Server"]
@@ -55,7 +55,7 @@ class Server:
 
     def __init__(
         self,
-        selector: selectors.BaseSelector,
+        selector: Selector,
         path: str,
         *,
         mode: int,
