@@ -9,11 +9,17 @@ The decision is taken once for each wake-up, after every ready edge was drained 
    was not changed, its word is odd and is not believed. Otherwise one fork.
 3. Anything else is no fork: the first sight of a truth, equal values, an edge that is not authoritative.
 
+A fork may be decided while a truth that was seen before cannot be read. What it is now is part of that fork, and not of
+another one: it is forgotten, and its next sight is a first one.
+
 What this guarantees, for a host that changes all truths of a guest before the guest runs on and before any edge fires:
 
 * With a readable generation ID, each wake-up that finds it changed is exactly one fork, and nothing else ever is.
   Edges may come early or late (by less than `CREDIT_NS`), doubled, or never. Forks between which no wake-up fell
   count as one: only the last ID can be seen.
+* With an ID that is readable only now and then, a fork that an edge speaks of at once is counted once, whether or not
+  the ID can be read then. One that no edge speaks of is counted when the ID is read again, unless a fork was counted
+  since it was read last: only the last value can be seen.
 * With only vmclock's counter readable the same holds for edges that speak at most once for each fork.
 * With no readable truth, each wake-up in which an authoritative edge speaks is one fork, except for a second edge's
   word within `CREDIT_NS` of the first one's. A host that repeats an edge without a change cannot be told from a fork.
@@ -80,7 +86,7 @@ def decide(memory: Memory, wake_up: WakeUp) -> Decision:
         waiting = wake_up.listening - spoke
         open_credits.update(dict.fromkeys(waiting, wake_up.now_ns + CREDIT_NS))
     return Decision(
-        memory=Memory(truths={**memory.truths, **wake_up.truths}, credits=open_credits),
+        memory=Memory(truths=wake_up.truths if fork else {**memory.truths, **wake_up.truths}, credits=open_credits),
         fork=fork,
         changed=changed,
         odd=() if fork else tuple(sorted(spoke)),

@@ -114,6 +114,25 @@ def test_a_new_fork_while_an_old_word_is_still_on_its_way_is_one_more_fork() -> 
     assert third.odd == ()
 
 
+def test_an_id_that_could_not_be_read_at_its_fork_does_not_count_again_when_it_can() -> None:
+    first = wake(seen(A), words={"kmsg": 1}, truths={})
+    second = wake(first.memory, now=CREDIT_NS, truths={GENERATION_ID: B})
+    third = wake(second.memory, now=CREDIT_NS, truths={GENERATION_ID: C})
+    assert (first.fork, second.fork, third.fork) == (True, False, True)
+
+
+def test_the_word_about_another_fork_is_believed_though_the_id_is_seen_for_the_first_time_since() -> None:
+    first = wake(seen(A), words={"kmsg": 1}, truths={})
+    assert wake(first.memory, now=CREDIT_NS, words={"kmsg": 1}, truths={GENERATION_ID: C}).fork
+
+
+def test_a_vmclock_that_could_not_be_read_at_a_fork_does_not_count_again_when_it_can() -> None:
+    memory = Memory(truths={GENERATION_ID: A, "vmclock": b"1"})
+    first = wake(memory, truths={GENERATION_ID: B})
+    second = wake(first.memory, truths={GENERATION_ID: B, "vmclock": b"2"})
+    assert (first.fork, second.fork) == (True, False)
+
+
 # The model hypervisor. In a step the host forks the guest (all truths change, and each edge will speak with some delay,
 # perhaps never, perhaps twice), time passes, the detector wakes up and hears what is due.
 
@@ -200,6 +219,25 @@ def test_an_id_that_is_readable_only_now_and_then_loses_and_invents_nothing_with
             assert decision.fork == (step.readable and host.counter != last_read)
             memory = decision.memory
             last_read = host.counter if step.readable else last_read
+
+
+@budget
+@given(st.lists(steps, max_size=40))
+def test_an_id_that_is_readable_only_now_and_then_counts_each_fork_once_with_an_edge_that_speaks_at_once(
+    script: list[Step],
+) -> None:
+    host = Hypervisor()
+    memory = wake(Memory(), truths={GENERATION_ID: host.value()}).memory
+    forks = 0
+    for step in script:
+        if step.forks:
+            host.fork((0, None), doubled=False)
+        host.now += step.passes
+        if step.forks or step.wakes:
+            truths = {GENERATION_ID: host.value()} if step.readable else {}
+            decision = wake(memory, now=host.now, words=host.heard(), truths=truths)
+            memory, forks = decision.memory, forks + decision.fork
+        assert forks == host.counter
 
 
 @budget
