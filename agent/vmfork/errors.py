@@ -34,7 +34,14 @@ class InputError(VmforkError):
 
 
 class AbsentError(VmforkError):
-    """Something that could be there is not, or cannot be read this time; the message says why."""
+    """Something that could be there is not, or cannot be read this time; the message says why.
+
+    `passing`: the reason may pass by itself (a full table, an error of a device), so it is worth looking again.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, passing: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.passing = passing
 
 
 class ConfigError(InputError):

@@ -66,8 +66,8 @@ BREAKS = (
     Break(
         name="the timer is never set",
         file="agent/vmfork/daemon/watch.py",
-        sound="if self.sources.needs_timer(truths) or self._looks_for_sources:",
-        broken="if self._looks_for_sources:",
+        sound="if self.sources.needs_timer(truths) or is_blind:",
+        broken="if is_blind:",
         red=("tests/vm/test_matrix_kernels.py::test_without_a_driver_the_timer_notices_and_clones_differ",),
         green="tests/vm/test_matrix_x86.py::test_a_clone_of_a_clone_of_a_clone_counts_three_forks",
     ),

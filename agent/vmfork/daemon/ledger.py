@@ -63,8 +63,7 @@ class Ledger:
         self._take_up_intent()
         self._intent: intent.IntentFile | None = None
         self._attempt(paths.detector_intent, self._open_intent)
-        remembered = self.remembered
-        first = max(remembered.generation, self.saved.generation)
+        first = max(self.remembered.generation, self.saved.generation)
         self.page = page.PageWriter(paths.generation_page, initial_generation=first)
         self._history = HistoryWriter(paths)
         self._mend()
@@ -81,8 +80,9 @@ class Ledger:
         if noted is None or noted.boot_id != old.boot_id or noted.event.generation <= old.generation:
             return
         self.same_boot = True
-        seen = replace(old, truths=noted.truths, credits=noted.credits, kmsg_sequence=noted.kmsg_sequence)
-        self._remember(seen.with_fork(noted.event))
+        # The interrupt counters of before would tell of this fork once more.
+        seen: dict[str, Any] = {"truths": noted.truths, "credits": noted.credits, "interrupts": {}}
+        self._remember(old.with_fork(noted.event, kmsg_sequence=noted.kmsg_sequence, **seen))
 
     def _open_intent(self) -> None:
         if self._intent is not None:
@@ -179,10 +179,11 @@ class Ledger:
         else:
             self.remembered = self.remembered.with_fork(event, interrupted, **seen)
 
-    def complete(self, microseconds: int | None) -> None:
-        """After a fork was published: the whole memory, with its latency, which could only be known now."""
+    def complete(self, microseconds: int | None, *, interrupts: Mapping[str, int]) -> None:
+        """After a fork was published: the whole memory, with its latency and counters, only known since then."""
         if self.event is not None:
-            self._remember(replace(self.remembered, event=replace(self.event, detect_latency_us=microseconds)))
+            event = replace(self.event, detect_latency_us=microseconds)
+            self._remember(replace(self.remembered, event=event, interrupts=interrupts))
 
     def save_progress(self) -> None:
         """For the disk, after a fork was published: the counter, which never goes back, and forks superseded by it."""

@@ -56,6 +56,10 @@ class Sources:
 
     def probe(self, config: Config) -> None:
         """Look again for everything that can come and go: devices, memory, what vmclock offers."""
+        if self.kmsg.has_failed:
+            self.kmsg = Kmsg(self._paths, after=self.kmsg.last_sequence, missed=True)
+        if self.uevent is not None and self.uevent.has_failed:
+            self.uevent = Uevent()
         self._memory_policy = config.get(settings.PHYSICAL_MEMORY)
         self._device.close()
         self._close_memory()
@@ -116,9 +120,11 @@ class Sources:
 
     def read_truths(self) -> dict[str, bytes]:
         """Every truth that can be read now; none, and `settled` False, where two reads in a row never agree."""
-        before = self._read_once()
+        # That it is not there was said once; as long as it is true it need not be found out, and said, anew.
+        has_counter = not (VMCLOCK in self._absences and self._device.is_still_absent())
+        before = self._read_once(has_counter=has_counter)
         for _ in range(_READS):
-            now = self._read_once()
+            now = self._read_once(has_counter=has_counter)
             if now == before:
                 self.settled = True
                 self._report_lost(Role.TRUTH, self._read_from, self._absences)
@@ -127,7 +133,7 @@ class Sources:
         self.settled = False
         return {}
 
-    def _read_once(self) -> dict[str, bytes]:
+    def _read_once(self, *, has_counter: bool) -> dict[str, bytes]:
         found, read_from = {}, set()
         for truth in (self._fw_cfg, *self._usable):
             value = self._try(truth)
@@ -135,9 +141,7 @@ class Sources:
                 found[GENERATION_ID] = value
                 read_from.add(truth.name)
                 break
-        # That it is not there was said once; as long as it is true it need not be found out, and said, anew.
-        is_known = VMCLOCK in self._absences and self._device.is_still_absent()
-        counter = None if is_known else self._try(self._counter)
+        counter = self._try(self._counter) if has_counter else None
         if counter is not None:
             found[VMCLOCK] = counter
             read_from.add(VMCLOCK)
@@ -154,6 +158,11 @@ class Sources:
         if any(edge.status().live for edge in self.edges()):
             return Detection.EVENT
         return Detection.TIMER if truths else Detection.NONE
+
+    def has_failed(self) -> bool:
+        """True where a source is missing for a reason that may pass by itself, and nothing will say when it does."""
+        edges = self.kmsg.has_failed or (self.uevent is not None and self.uevent.has_failed)
+        return edges or any(isinstance(one, AbsentError) and one.passing for one in self._absences.values())
 
     def hears_hotplug(self) -> bool:
         """True where a device that appears later will be noticed by itself."""

@@ -19,8 +19,9 @@ from vmfork.config import Config
 from vmfork.daemon import freshness, identity
 from vmfork.daemon.clocks import Moment
 from vmfork.daemon.ledger import Ledger
-from vmfork.daemon.loop import Deadline, Loop
+from vmfork.daemon.loop import Loop
 from vmfork.daemon.sources import VMCLOCK, Sources
+from vmfork.daemon.timer import Timer
 from vmfork.detector import GENERATION_ID, Decision, Memory, WakeUp, decide
 from vmfork.edges import NOTHING, Heard
 from vmfork.edges.interrupts import moved, read_counters
@@ -58,7 +59,7 @@ class Watch:
         self._interrupted = interrupted
         self._poll = select.poll()
         self._watched: dict[int, str] = {}
-        self._timer: Deadline | None = None
+        self._timer = Timer(loop, probe=self._probe)
         self.detection = Detection.NONE
         remembered, saved = ledger.remembered, ledger.saved
         truths = dict(remembered.truths)
@@ -109,25 +110,16 @@ class Watch:
         self._set_timer(truths)
         if not self.sources.settled:
             self._loop.after(_READ_AGAIN_SEC, self._listen)
-
-    @property
-    def _looks_for_sources(self) -> bool:
-        """With nothing to watch and nobody to say that something appeared, only looking again helps."""
-        return not self.sources.hears_hotplug() and self.detection is Detection.NONE
+        self._timer.note_failed(failed=self.sources.has_failed())
 
     def _set_timer(self, truths: Mapping[str, bytes]) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None
-        if self.sources.needs_timer(truths) or self._looks_for_sources:
-            self._timer = self._loop.after(self._config.get(settings.POLL_INTERVAL_SEC), self._on_timer)
-
-    def _on_timer(self) -> None:
-        if self._looks_for_sources:
-            self._probe()
-            return
-        self._wake(self._ready() | {"timer"})
-        self._timer = self._loop.after(self._config.get(settings.POLL_INTERVAL_SEC), self._on_timer)
+        # With nothing to watch and nobody to say that something appeared, only looking again helps.
+        is_blind = not self.sources.hears_hotplug() and self.detection is Detection.NONE
+        if self.sources.needs_timer(truths) or is_blind:
+            interval = self._config.get(settings.POLL_INTERVAL_SEC)
+            self._timer.every(interval, self._probe if is_blind else lambda: self._wake(self._ready() | {"timer"}))
+        else:
+            self._timer.stop()
 
     def _on_readable(self) -> None:
         # Another edge's call in this round may have drained this one too.
@@ -155,6 +147,10 @@ class Watch:
         is_cold = self._id_is_from_disk and self._ledger.saved.boot_id != self._ledger.remembered.boot_id
         was, self._memory = self._memory, decision.memory
         self._id_is_from_disk = self._id_is_from_disk and not first_sight
+        if self._id_is_from_disk:
+            # Whether this is a clone of a disk is still to be seen, also after a fork without a readable ID.
+            truths_seen = {GENERATION_ID: was.truths[GENERATION_ID], **self._memory.truths}
+            self._memory = replace(self._memory, truths=truths_seen)
         if decision.fork:
             kind = Kind.COLD if first_sight and is_cold and GENERATION_ID in decision.changed else Kind.LIVE
             spoke = {name for name, count in words.items() if count} | (ready & {VMCLOCK, "timer"})
@@ -185,6 +181,7 @@ class Watch:
             self._loop.after(_READ_AGAIN_SEC, lambda: self._wake(frozenset()))
         if any(said.hotplug for said in heard.values()):
             self._loop.after(0, self._probe)
+        self._timer.note_failed(failed=self.sources.has_failed())
 
     # Announcing.
 
@@ -228,9 +225,10 @@ class Watch:
         self._on_fork(event)
         notice = f"vmforkd: fork noticed, generation {event.generation}"
         latency = record_age_us(self._paths, kernel.record_us, at_ns=published, message=notice)
-        self._ledger.complete(latency)
-        self._ledger.save_progress()
+        # They tell of this fork too: a killed detector's successor must not take that for another one.
         self._interrupts = read_counters(self._paths)
+        self._ledger.complete(latency, interrupts=self._interrupts)
+        self._ledger.save_progress()
         log.info(
             "fork noticed: generation %d, %s, by %s, identity: %s",
             event.generation,
@@ -276,9 +274,7 @@ class Watch:
     def statuses(self) -> tuple[SourceStatus, ...]:
         """What every source says of itself."""
         self._look()  # so that the reasons are those of this moment
-        return self.sources.statuses(
-            timer_runs=self._timer is not None, interval=self._config.get(settings.POLL_INTERVAL_SEC)
-        )
+        return self.sources.statuses(timer_runs=self._timer.runs, interval=self._config.get(settings.POLL_INTERVAL_SEC))
 
     def _look(self) -> Mapping[str, bytes]:
         """Read every truth outside of a decision; a difference is decided on next.

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import select
 import stat
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ from vmfork.edges import NOTHING, Heard
 from vmfork.errors import InputError
 from vmfork.model import Role, SourceStatus
 from vmfork.paths import Paths
+from vmfork.truths.sysfile import may_pass
 
 FORK_LINE = b"random: crng reseeded due to virtual machine fork"
 
@@ -27,6 +30,9 @@ _RECORD_BYTES = 16384
 # A flood of foreign lines must not keep the detector from reading the truths.
 _RECORDS_PER_WAKE_UP = 4096
 _PARTIAL_BYTES = 65536
+
+# Prefix, sequence number and time, then flags and whatever a newer kernel adds, then the text.
+_RECORD = re.compile(rb"([0-9]{1,20}),([0-9]{1,20}),([0-9]{1,20})(?:,[^;]*)?;([^\n]*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,26 +51,30 @@ class Record:
 
 def parse(raw: bytes) -> Record:
     """One record as read from /dev/kmsg; InputError for anything that is not one."""
-    head, semicolon, body = raw.partition(b";")
-    fields = head.split(b",", 4)
-    if not semicolon or len(fields) < 3 or not all(field.isdigit() and len(field) <= 20 for field in fields[:3]):
+    found = _RECORD.match(raw)
+    if found is None:
         raise InputError("kmsg", "a record does not begin with three numbers")
-    text = body.split(b"\n", 1)[0]
+    prefix, sequence, microseconds, text = found.groups()
     return Record(
-        facility=int(fields[0]) >> 3, sequence=int(fields[1]), microseconds=int(fields[2]), text=text.rstrip(b"\r")
+        facility=int(prefix) >> 3, sequence=int(sequence), microseconds=int(microseconds), text=text.rstrip(b"\r")
     )
 
 
 class Kmsg:
-    """The log, read from behind a remembered record, or from its end where nothing is remembered."""
+    """The log, read from behind a remembered record, or from its end where nothing is remembered.
+
+    `missed`: records may have gone by that nobody read; the first `drain` says so.
+    """
 
     name = "kmsg"
 
-    def __init__(self, paths: Paths, *, after: int | None) -> None:
+    def __init__(self, paths: Paths, *, after: int | None, missed: bool = False) -> None:
         self._paths = paths
         self._descriptor = -1
+        self._more = select.poll()
         self._partial = b""
         self._is_stream = False
+        self._missed = missed
         self._trouble: OSError | None = None
         self._skip_to = -1 if after is None else after
         self.last_sequence = after
@@ -83,6 +93,7 @@ class Kmsg:
             self._trouble = error
             return
         self._is_stream = not stat.S_ISCHR(mode)
+        self._more.register(self._descriptor, select.POLLIN)
         if not from_start:
             # A FIFO cannot seek: it is at its end by nature.
             with contextlib.suppress(OSError):
@@ -90,6 +101,11 @@ class Kmsg:
 
     def fileno(self) -> int:
         return self._descriptor
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is closed for a reason that may pass: another Kmsg may be able to open the log."""
+        return self._descriptor < 0 and self._trouble is not None and may_pass(self._trouble.errno or 0)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -99,7 +115,8 @@ class Kmsg:
     def drain(self) -> Heard:
         if self._descriptor < 0:
             return NOTHING
-        words, lost, newest = 0, False, None
+        words, lost, newest = 0, self._missed, None
+        self._missed = False
         for _ in range(_RECORDS_PER_WAKE_UP):
             try:
                 chunk = os.read(self._descriptor, _RECORD_BYTES)
@@ -119,6 +136,9 @@ class Kmsg:
                 lost = lost or self._is_gap(record)
                 if record.announces_fork:
                     words, newest = words + 1, record.microseconds
+            # Asking first is cheaper than the exception that a read at the end raises.
+            if not self._more.poll(0):
+                return Heard(words=words, lost=lost, record_us=newest)
         return Heard(words=words, lost=lost, record_us=newest, more=True)
 
     def _records(self, chunk: bytes) -> list[Record]:

@@ -47,6 +47,7 @@ class Uevent:
 
     def __init__(self) -> None:
         self._heard_once = False
+        self.has_failed = False  # for a reason that may pass: another Uevent may be able to listen
         self._monitor: Any = None
         self._trouble = ""
         try:
@@ -62,6 +63,7 @@ class Uevent:
             self._enlarge()
         except (OSError, ImportError) as error:
             self._monitor, self._trouble = None, f"netlink socket refused: {error}"
+            self.has_failed = isinstance(error, OSError)
 
     def _enlarge(self) -> None:
         # Needs CAP_NET_ADMIN, which the sandboxed detector does without: an overflow is recovered from.

@@ -30,13 +30,14 @@ class VmclockPoll:
             self._device.read()
         except (AbsentError, InputError) as error:
             return False, str(error), error.hint
-        descriptor = self._device.fileno()
-        with select.epoll() as probe:
-            try:
-                probe.register(descriptor, select.EPOLLIN)
-            except PermissionError:
-                return False, "this kernel's vmclock cannot be polled", "poll() came with Linux 7.0"
-            ready = probe.poll(0)
+        try:
+            with select.epoll() as probe:
+                probe.register(self._device.fileno(), select.EPOLLIN)
+                ready = probe.poll(0)
+        except PermissionError:
+            return False, "this kernel's vmclock cannot be polled", "poll() came with Linux 7.0"
+        except OSError as error:
+            return False, f"whether it can be polled is not known: {error.strerror}", "vmforkctl reload looks again"
         if any(mask & (select.EPOLLHUP | select.EPOLLERR) for _, mask in ready):
             return False, "the host sends no notifications (flag bit 9 is not set)", "ask for a newer hypervisor"
         return True, "waits for the host's notification", None

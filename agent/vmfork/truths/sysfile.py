@@ -13,13 +13,19 @@ import os
 from vmfork.errors import AbsentError, InputError
 
 _REFUSED = (errno.EACCES, errno.EPERM)
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO)
 
 
 def absent(path: str, error: OSError) -> AbsentError:
     """The AbsentError for an OSError on `path`, with the hint that helps where it was a matter of privilege."""
     code = error.errno if error.errno is not None else errno.EIO
     hint = "only root may read it; run as root" if code in _REFUSED else None
-    return AbsentError(f"{shown(path)}: {os.strerror(code)}", hint=hint)
+    return AbsentError(f"{shown(path)}: {os.strerror(code)}", hint=hint, passing=may_pass(code))
+
+
+def may_pass(code: int) -> bool:
+    """Whether the kernel's reason may pass by itself: neither that something is not there nor that it is forbidden."""
+    return code not in (*_REFUSED, *_NOT_THERE)
 
 
 def shown(path: str) -> str:
