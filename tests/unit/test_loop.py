@@ -3,8 +3,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
+from support.clockshift import ClockShift
+from support.runningdaemon import environment
 from vmfork.daemon.loop import Loop
 
 
@@ -111,3 +116,45 @@ def test_what_is_put_off_for_no_time_lets_descriptors_go_first() -> None:
     loop.run()
     assert rounds.count("put off") < 4
     assert rounds[-2:].count("heard") == 1
+
+
+_LEAPS = """
+import os, struct, sys, time
+from vmfork.daemon.loop import Loop
+
+def leap():
+    with open(os.environ["CLOCKSHIFT"], "r+b") as file:
+        file.write(struct.pack("<qqq", 0, 9 * 3_600_000_000_000, 0))
+
+loop, ran = Loop(), []
+loop.after(1.0, lambda: ran.append("deadline"))
+reading, writing = os.pipe()
+
+def resumed():
+    os.read(reading, 1)
+    ran.append("resumed")
+    loop.after(0.3, lambda: ran.append("a third of a second later"))
+
+loop.watch(reading, resumed)
+child = os.fork()
+if child == 0:
+    leap()
+    os.write(writing, b"x")
+    os._exit(0)
+loop.after(2.0, loop.stop)
+loop.run()
+print(*ran, sep=", ")
+"""
+
+
+def test_a_guest_that_was_paused_for_hours_owes_no_deadline(tmp_path: Path) -> None:
+    clocks = ClockShift(tmp_path)
+    said = subprocess.run(
+        [sys.executable, "-c", _LEAPS],
+        env={**environment(), **clocks.environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert said.stdout.strip() == "resumed, a third of a second later, deadline"

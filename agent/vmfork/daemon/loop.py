@@ -20,6 +20,9 @@ from selectors import EVENT_READ, EVENT_WRITE
 from typing import Any
 
 _FEW = 64  # deadlines that are not worth a sweep
+# A wait that lasted so much longer than it was meant to was no wait: the guest was paused, and its clock ran on. The
+# kernel's clocks of a paused guest stand still by design (kvmclock), but not where the processor's own counter is read.
+_PAUSE_SEC = 5.0
 _ROUND = 64  # descriptors in one round; epoll takes those that had to wait first in the next one
 
 
@@ -63,7 +66,10 @@ class Loop:
 
     def turn(self, patience: float | None) -> None:
         """One round: wait that many seconds at most (None: for ever), call what is ready, run what is due."""
+        began = 0.0 if patience is None else time.monotonic()
         ready = self._epoll.poll(patience, _ROUND)
+        if patience is not None:
+            self._allow_for_a_pause(patience, time.monotonic() - began)
         for descriptor, events, watched in [(one, events, self._watched.get(one)) for one, events in ready]:
             # An earlier call of this round may have unregistered it, and its number may be another file's by now.
             if watched is not None and self._watched.get(descriptor) is watched:
@@ -142,6 +148,11 @@ class Loop:
         if not self._deadlines:
             return None
         return max(0.0, self._deadlines[0][0] - time.monotonic())
+
+    def _allow_for_a_pause(self, patience: float, passed: float) -> None:
+        # How much of it the guest was running is not known: nobody gets less time than was promised.
+        if passed > patience + _PAUSE_SEC:
+            self._deadlines = [(when + passed, order, deadline) for when, order, deadline in self._deadlines]
 
     def _run_due(self) -> None:
         # Of one moment: what is set while these run, even for at once, is for the next round, after the descriptors.
