@@ -17,11 +17,13 @@ from vmfork.model import Identity, IdentityPolicy, Kind
 class Evidence:
     """What is known about a fork beside the fork itself.
 
+    `owed` is true where a reaction that was to rotate the identity has not ended: the new one takes its place.
     `template` says how this guest was declared a template, None if it was not. `smbios_changed` and
     `instance_changed` compare with the last boot, and mean something for a cold fork only.
     """
 
     kind: Kind
+    owed: bool = False
     template: str | None = None
     smbios_changed: bool = False
     instance_changed: bool = False
@@ -31,6 +33,8 @@ def choose(setting: str, evidence: Evidence, *, asked: IdentityPolicy | None = N
     """The policy for one fork: `setting` is Identity= (auto, rotate, keep), `asked` what a manual trigger asked for."""
     if asked is not None:
         return Identity(policy=asked, reason="asked for by the trigger")
+    if evidence.owed and setting != "keep":
+        return Identity(policy=IdentityPolicy.ROTATE, reason="the reaction before was to rotate it and has not ended")
     if evidence.kind is Kind.MANUAL:
         return Identity(policy=IdentityPolicy.KEEP, reason="a manual trigger rotates only when asked to")
     if setting != "auto":

@@ -299,6 +299,27 @@ def test_a_cold_fork_with_another_smbios_uuid_rotates_the_identity(guest: FakeGu
         assert "SMBIOS" in identity["reason"]
 
 
+def test_a_fork_that_supersedes_a_rotation_takes_it_over(guest: FakeGuest) -> None:
+    guest.set_smbios_uuid("11111111-1111-1111-1111-111111111111")
+    with RunningDaemon(guest) as daemon:
+        daemon.stop()
+        guest.set_generation_id(fresh_id())
+        guest.set_boot_id(OTHER_BOOT)
+        guest.set_smbios_uuid("22222222-1111-1111-1111-111111111111")
+        write_hook(guest, "10-slow", SLOW.format(what="$VMFORK_GENERATION $VMFORK_IDENTITY"))
+        daemon.start()
+        eventually(lambda: (guest.root / "ran").exists())
+        assert daemon.ctl("trigger").returncode == 0
+        eventually(lambda: "3 rotate" in (guest.root / "ran").read_text())
+        (guest.root / "go").touch()
+        guest.fork(fresh_id())
+        assert daemon.settled(4)["identity"]["policy"] == "rotate"
+        assert [one["state"] for one in daemon.forks()] == ["superseded", "superseded", "settled"]
+        # It is done now, and owed no more.
+        guest.fork(fresh_id())
+        assert daemon.settled(5)["identity"]["policy"] == "keep"
+
+
 @pytest.mark.parametrize(("instance", "policy"), [("i-another", "rotate"), ("i-same", "keep")])
 def test_a_cloud_that_names_the_instance_only_after_the_early_boot_is_heard(
     guest: FakeGuest, instance: str, policy: str

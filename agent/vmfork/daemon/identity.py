@@ -4,29 +4,39 @@
 from __future__ import annotations
 
 import os
+from itertools import takewhile
 
 from vmfork import policy, settings
 from vmfork.config import Config
 from vmfork.daemon.ledger import Ledger
-from vmfork.model import Identity, IdentityPolicy, Kind
+from vmfork.model import EventState, Identity, IdentityPolicy, Kind
 from vmfork.paths import Paths
-from vmfork.state import Saved
+from vmfork.state import Remembered
 from vmfork.truths.evidence import read_instance_id, read_smbios, same_machine
 
 
-def choose(paths: Paths, config: Config, saved: Saved, kind: Kind, *, asked: IdentityPolicy | None) -> Identity:
+def choose(paths: Paths, config: Config, ledger: Ledger, kind: Kind, *, asked: IdentityPolicy | None) -> Identity:
     """The policy for a fork of this kind; only a cold one looks at the evidence."""
-    template = _template(paths, config)
-    evidence = policy.Evidence(kind=kind, template=template)
+    saved, owed, template = ledger.saved, _is_owed(ledger.remembered), _template(paths, config)
+    evidence = policy.Evidence(kind=kind, owed=owed, template=template)
     if kind is Kind.COLD:
         instance = read_instance_id(paths).value
         evidence = policy.Evidence(
             kind=kind,
+            owed=owed,
             template=template,
             smbios_changed=not same_machine(saved.smbios_uuid, read_smbios(paths).value),
             instance_changed=None not in (saved.instance_id, instance) and saved.instance_id != instance,
         )
     return policy.choose(config.get(settings.IDENTITY), evidence, asked=asked)
+
+
+def _is_owed(remembered: Remembered) -> bool:
+    """Whether the reaction that a new fork supersedes, or one superseded before it, was to rotate the identity."""
+    if remembered.handled or remembered.event is None:
+        return False
+    superseded = takewhile(lambda one: one.state is EventState.SUPERSEDED, reversed(remembered.unwritten))
+    return any(one.identity.policy is IdentityPolicy.ROTATE for one in (remembered.event, *superseded))
 
 
 def _template(paths: Paths, config: Config) -> str | None:

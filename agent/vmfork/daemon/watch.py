@@ -260,7 +260,7 @@ class Watch:
 
     def identity(self, kind: Kind, asked: IdentityPolicy | None = None) -> Identity:
         """The identity policy that a fork of this kind would get now."""
-        return identity.choose(self._paths, self._config, self._ledger.saved, kind, asked=asked)
+        return identity.choose(self._paths, self._config, self._ledger, kind, asked=asked)
 
     def settle_baseline(self) -> None:
         """At the start: save what the next boot compares with, unless a fork is still being reacted to."""
