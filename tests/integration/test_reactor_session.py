@@ -10,13 +10,16 @@ import stat
 import subprocess
 import sys
 import time
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
 
 from support.admindaemon import AdminDaemon, Work
 from support.hooks import Guest, alive, event, pids_in
-from support.tools import need
+from support.tools import need, need_ptrace
+from torture.injection import Injection, strace
+from vmfork import actions
 from vmfork.model import HookOutcome, HookResult
 
 _REACT = """
@@ -235,6 +238,62 @@ def test_a_new_reactor_ends_what_a_killed_one_left(guest: Guest, tmp_path: Path)
         assert end(reactor(guest))[0] == 0
         assert daemon.done[0].ok() == {"10-slow"}
     assert not [pid for pid in pids_in(tmp_path / "pids") if alive(pid)]
+
+
+def refused(call: str, when: str, error: str, *paths: Path) -> list[str]:
+    """The words before a reactor whose kernel refuses this; what it starts is left alone."""
+    injections = [
+        Injection(call=call, when=when, fault=f"error={error}", path=str(path) if path else None)
+        for path in paths or (None,)
+    ]
+    return strace(injections=injections)
+
+
+# What a reactor does to start one hook, and the number of the call that belongs to the hook.
+_STARTING = [
+    ("pipe2", "2", "EMFILE"),
+    ("clone,clone3,vfork", "1", "EAGAIN"),
+    ("clone,clone3,vfork", "1", "ENOMEM"),
+    ("pidfd_open", "1", "EMFILE"),
+    ("epoll_ctl", "2", "ENOSPC"),
+    ("epoll_ctl", "3", "ENOMEM"),
+]
+
+
+@pytest.mark.parametrize(("call", "when", "error"), _STARTING, ids=lambda value: value)
+@pytest.mark.parametrize("early", [False, True], ids=["running", "early"])
+def test_a_hook_that_cannot_be_started_now_is_started_by_the_same_reactor(
+    guest: Guest, tmp_path: Path, call: str, when: str, error: str, early: bool
+) -> None:
+    need_ptrace()
+    guest.hook("10-late", f"echo $$ >> {tmp_path}/pids; exec sleep 0.2")
+    with AdminDaemon(guest.paths, Work(token="t1", early=early)) as daemon:
+        code, said = end(reactor(guest, launcher=refused(call, when, error)))
+    assert (code, daemon.calls.count("BeginReaction")) == (0, 1), said
+    assert daemon.done[0].ok() == {"10-late"}
+    assert "10-late: cannot be started now" in said
+    assert not [pid for pid in pids_in(tmp_path / "pids") if alive(pid)]
+
+
+def test_a_shipped_hook_that_cannot_be_forked_now_is_forked_later(guest: Guest) -> None:
+    need_ptrace()
+    guest.hook("10-rng", '#!/bin/sh\nexec vmforkctl action rng "$@"\n', directory=guest.lib)
+    with AdminDaemon(guest.paths, Work(token="t1")) as daemon:
+        code, said = end(reactor(guest, launcher=refused("clone", "1", "EAGAIN")))
+    assert code == 0, said
+    assert daemon.done[0].ok() == {"10-rng"}
+    assert "10-rng: cannot be started now" in said
+
+
+def test_a_reactor_that_cannot_import_the_actions_watches_the_child_that_could(guest: Guest) -> None:
+    need_ptrace()
+    guest.hook("10-rng", '#!/bin/sh\nexec vmforkctl action rng "$@"\n', directory=guest.lib)
+    source = Path(actions.__file__)
+    launcher = refused("openat", "1+", "EMFILE", source, Path(cache_from_source(str(source))))
+    with AdminDaemon(guest.paths, Work(token="t1")) as daemon:
+        code, said = end(reactor(guest, launcher=launcher))
+    assert code == 0, said
+    assert daemon.done[0].ok() == {"10-rng"}
 
 
 def test_killed_at_fifty_random_instants_every_hook_completes_and_never_two_at_once(

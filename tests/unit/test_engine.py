@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from vmfork.reactor.engine import Engine
 from vmfork.reactor.inprocess import InProcess
 from vmfork.reactor.phases import Phase
 from vmfork.reactor.process import Limits
+from vmfork.reactor.spawn import Launch
 
 PATIENT = Limits(timeout_sec=20, retry_pause_sec=0.02)
 
@@ -228,6 +230,64 @@ def test_a_hook_during_whose_start_the_run_is_interrupted_is_ended_at_once(guest
     assert state is EventState.SUPERSEDED
     assert time.monotonic() - began < 5
     assert recorder.outcomes() == {"10-slow": HookOutcome.INTERRUPTED}
+
+
+class Refusing:
+    """A kernel that starts no process the first `times` times."""
+
+    def __init__(self, number: int, *, times: int) -> None:
+        self.number = number
+        self.times = times
+
+    def start(self, launch: Launch) -> int | None:
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError(self.number, os.strerror(self.number))
+        return None
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["running", "early"])
+@pytest.mark.parametrize("name", ["EAGAIN", "ENOMEM", "ENFILE", "EMFILE", "ETXTBSY"])
+def test_a_hook_that_cannot_be_started_for_now_is_tried_until_it_can(guest: Guest, name: str, early: bool) -> None:
+    guest.hook("10-late", "exit 0")
+    limits = Limits(timeout_sec=20, retry_pause_sec=0.005, retries=not early)
+    seen = run(guest, limits=limits, starters=[Refusing(getattr(errno, name), times=5)])
+    assert seen.outcomes() == {"10-late": HookOutcome.OK}
+    assert seen.course == [("start", "10-late"), ("end", "10-late")]
+
+
+def test_a_refused_start_takes_none_of_the_tries_of_75(guest: Guest, tmp_path: Path) -> None:
+    guest.hook("10-again", f"echo x >> {tmp_path}/tries; [ $(wc -l < {tmp_path}/tries) = 3 ] || exit 75")
+    seen = run(guest, limits=PATIENT, starters=[Refusing(errno.EAGAIN, times=2)])
+    assert seen.outcomes() == {"10-again": HookOutcome.OK}
+
+
+def test_a_hook_that_cannot_be_started_in_its_time_fails_with_a_reason(
+    guest: Guest, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest.hook("10-never", "exit 0")
+    guest.hook("20-never-either", "exit 0")
+    seen = run(guest, limits=QUICK, starters=[Refusing(errno.EAGAIN, times=1000)])
+    assert set(seen.outcomes().values()) == {HookOutcome.FAILED}
+    (said,) = [one for one in caplog.records if one.levelname == "ERROR" and "10-never" in one.getMessage()]
+    assert "cannot be started: Resource temporarily unavailable" in said.getMessage()
+    assert vars(said)["MESSAGE_ID"] == ids.HOOK_FAILED
+
+
+def test_a_hook_that_waits_to_be_started_is_interrupted(guest: Guest) -> None:
+    guest.hook("10-never", "exit 0")
+    recorder, refusing = Recorder(), Refusing(errno.EAGAIN, times=1000)
+    limits = Limits(timeout_sec=60, retry_pause_sec=60)
+    with Engine(occasion(guest), lambda _: limits, recorder, starters=[refusing]) as engine:
+        signal.signal(signal.SIGALRM, lambda *_: engine.interrupt())
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        try:
+            state = engine.run(runnable(discover(guest.paths, always)))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert state is EventState.SUPERSEDED
+    assert recorder.outcomes() == {"10-never": HookOutcome.INTERRUPTED}
 
 
 def test_a_hook_that_cannot_be_started_fails_with_a_reason(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:

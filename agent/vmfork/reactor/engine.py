@@ -205,7 +205,7 @@ class Engine:
             if self._records is not None:
                 self._records.ended(run.hook.name)
             if run.result is not None:
-                self._report(run.result, None)
+                self._report(run.result, run.reason)
 
     def _report(self, result: HookResult, reason: str | None) -> None:
         self._failed = self._failed or result.result in _BAD

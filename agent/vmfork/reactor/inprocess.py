@@ -7,6 +7,7 @@ gets the environment, session, pipes and exit codes that the script would have g
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -70,8 +71,10 @@ class InProcess:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self._run is run_action:
-            # While the first child imports them for itself, for all that follow.
-            importlib.import_module("vmfork.actions")
+            # While the first child imports them for itself, for all that follow. For lack of memory or descriptors it
+            # may fail; the child runs already, and must not be lost to whoever is to watch it.
+            with contextlib.suppress(ImportError, OSError, MemoryError):
+                importlib.import_module("vmfork.actions")
         return pid
 
     def _child(self, action: str, launch: Launch, parent: int) -> NoReturn:

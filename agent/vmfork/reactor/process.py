@@ -4,11 +4,13 @@
 The caller turns the event loop: it calls `on_exit`, `on_output` and `on_time`, and `stop` to end the hook early. All
 times are CLOCK_MONOTONIC: the wall clock is stepped by a hook, and CLOCK_MONOTONIC does not run while a snapshot
 lies on a disk, so a hook that was asleep in one keeps the rest of its time. A hook that ended by itself may leave
-daemons behind; those that hold its pipe delay it by `DRAIN_SEC` and then lose the pipe, not their life.
+daemons behind; those that hold its pipe delay it by `DRAIN_SEC` and then lose the pipe, not their life. A hook that
+the kernel refuses to start for lack of something is tried again for as long as it might have run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -22,6 +24,7 @@ from vmfork.model import HookOutcome, HookResult
 from vmfork.reactor.descendants import Mark, Process, kill_until_gone, read_process, send
 from vmfork.reactor.discovery import Hook
 from vmfork.reactor.output import Output, line_logger, warn_dropped
+from vmfork.reactor.refusals import passes
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ Find = Callable[[Mark], list[Process]]
 
 
 class HookRun:
-    """One hook; `launch` starts it and returns its process id. Closed when `stage` is DONE, with `result` set then."""
+    """One hook. When `stage` is DONE it is closed and `result` is set; `reason` says why it could not be started."""
 
     def __init__(self, hook: Hook, limits: Limits, generation: int, selector: selectors.BaseSelector) -> None:
         self.hook = hook
@@ -69,12 +72,15 @@ class HookRun:
         self.process: Process | None = None
         self.mark: Mark | None = None
         self.result: HookResult | None = None
+        self.reason: str | None = None
         self._generation = generation
         self._selector = selector
         self._sink = line_logger(hook.name, generation)
         self._pidfd: int | None = None
         self._output: Output | None = None
         self._tries = 0
+        self._refusals = 0
+        self._refused_since: float | None = None
         self._wake = 0.0
         self._began = 0.0
         self._stopped: HookOutcome | None = None
@@ -89,34 +95,43 @@ class HookRun:
 
     def start(self, launch: Callable[[int], int], token: str | None, now: float) -> None:
         """Begin a try: `launch(descriptor)` starts the process with that descriptor as its output."""
-        self._tries += 1
         self._began = self._began or now
-        self._code = self._signal = self._exited = None
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        self._output = Output(reading, self._sink)
-        pipe = os.fstat(reading).st_ino
+        self._code = self._signal = self._exited = self.process = None
         try:
-            pid = launch(writing)
+            self._launch(launch, token)
         except OSError as error:
             self._refused(error, now)
             return
+        self._tries += 1
+        self._refused_since, self._refusals = None, 0
+        self.stage, self.deadline = Stage.RUNNING, now + self.limits.timeout_sec
+
+    def _launch(self, launch: Callable[[int], int], token: str | None) -> None:
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        self._output = Output(reading, self._sink)
+        try:
+            pipe = os.fstat(reading).st_ino
+            pid = launch(writing)
         finally:
             os.close(writing)
         self.mark = Mark(pid=pid, name=self.hook.name, token=token, pipe=pipe)
-        self._pidfd = os.pidfd_open(pid)
+        try:
+            self._pidfd = os.pidfd_open(pid)
+            self._selector.register(self._pidfd, selectors.EVENT_READ, (self, self.on_exit))
+            self._selector.register(reading, selectors.EVENT_READ, (self, self.on_output))
+        except OSError:
+            # Nobody would see its end, nor could end it in time. The id is its own until we have waited for it.
+            _kill_session(pid)
+            os.waitpid(pid, 0)
+            raise
         self.process = read_process(pid)
-        self._selector.register(self._pidfd, selectors.EVENT_READ, (self, self.on_exit))
-        self._selector.register(reading, selectors.EVENT_READ, (self, self.on_output))
-        self.stage, self.deadline = Stage.RUNNING, now + self.limits.timeout_sec
 
     def on_exit(self, now: float) -> None:
         """The first process ended."""
         if self._pidfd is None:
             return
         info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        self._selector.unregister(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = None
+        self._close_pidfd()
         self._exited = now
         if info is not None and info.si_code == os.CLD_EXITED:
             self._code = info.si_status
@@ -196,31 +211,48 @@ class HookRun:
     def _close_output(self) -> None:
         if self._output is None or self._output.descriptor is None:
             return
-        if self._selector.get_map() and self._output.descriptor in self._selector.get_map():
-            self._selector.unregister(self._output.descriptor)
+        self._forget(self._output.descriptor)
         self._output.close()
         if self._output.dropped:
             warn_dropped(self.hook.name, self._generation, self._output.dropped)
 
+    def _close_pidfd(self) -> None:
+        if self._pidfd is not None:
+            self._forget(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def _forget(self, descriptor: int) -> None:
+        if self._selector.get_map() and descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
+
     def _refused(self, error: OSError, now: float) -> None:
-        """The kernel did not start it. A file that is being written right now may be there in a moment."""
+        """It could not be started; what passes by itself is waited for as long as the hook might have taken."""
+        # Not the hook's own word, so it takes none of the tries that 75 has, and is tried again in the early boot too.
         self._close_output()
+        self._close_pidfd()
+        since = self._refused_since = now if self._refused_since is None else self._refused_since
+        self._refusals += 1
+        if passes(error) and now - since < self.limits.timeout_sec:
+            if self._refusals == 1:
+                why = f"cannot be started now: {error.strerror}; it is tried again"
+                log.warning("%s: %s", self.hook.name, why, extra=self._fields())
+            self._pause(now, self._refusals)
+            return
         hint = {8: ": does it begin with a #! line?", 2: ": is the interpreter of its #! line installed?"}
-        reason = f"cannot be started: {error.strerror}{hint.get(error.errno or 0, '')}"
-        log.error("%s: %s", self.hook.name, reason, extra=self._fields())
-        self._code = TRY_AGAIN if error.errno == 26 else None
+        self.reason = f"cannot be started: {error.strerror}{hint.get(error.errno or 0, '')}"
         self._exited = now
         self._finish(now)
 
+    def _pause(self, now: float, times: int) -> None:
+        self.stage, self.deadline = Stage.PAUSED, now + self.limits.retry_pause_sec * times
+
     def _finish(self, now: float) -> None:
         self._close_output()
-        if self._pidfd is not None:
-            self._selector.unregister(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = None
+        self._close_pidfd()
         again = self._code == TRY_AGAIN and self._stopped is None and self.limits.retries
         if again and self._tries < MAX_TRIES:
-            self.stage, self.deadline = Stage.PAUSED, now + self.limits.retry_pause_sec * self._tries
+            self._pause(now, self._tries)
             return
         self.stage = Stage.DONE
         self.result = HookResult(
@@ -245,3 +277,10 @@ class HookRun:
             "VMFORK_HOOK": self.hook.name,
             "VMFORK_GENERATION": self._generation,
         }
+
+
+def _kill_session(pid: int) -> None:
+    """A hook that has just begun: its first process, and what is in the group that it leads if it leads one yet."""
+    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
