@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -294,6 +295,18 @@ def test_a_reactor_that_cannot_import_the_actions_watches_the_child_that_could(g
         code, said = end(reactor(guest, launcher=launcher))
     assert code == 0, said
     assert daemon.done[0].ok() == {"10-rng"}
+
+
+@pytest.mark.parametrize("error", ["EIO", "EACCES", "ENOMEM"])
+def test_without_a_look_at_all_hooks_there_is_no_result(guest: Guest, tmp_path: Path, error: str) -> None:
+    need_ptrace()
+    guest.hook("10-shipped", f"touch {tmp_path}/ran", directory=guest.lib)
+    with AdminDaemon(guest.paths, Work(token="t1")) as daemon:
+        code, said = end(reactor(guest, launcher=refused("getdents64", "1+", error, guest.etc)))
+    assert (code, daemon.done) == (1, [])
+    assert f"{guest.etc}: cannot be read: {os.strerror(getattr(errno, error))}" in said
+    # The admin may have masked it there.
+    assert not (tmp_path / "ran").exists()
 
 
 def test_killed_at_fifty_random_instants_every_hook_completes_and_never_two_at_once(

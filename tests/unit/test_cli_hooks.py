@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from support.hooks import Guest
+from support.tools import need_ptrace
+from torture.injection import Injection, strace
 
 SHORT_FORM = '#!/bin/sh\nexec vmforkctl action {} "$@"\n'
 
@@ -22,9 +25,9 @@ def guest(tmp_path: Path) -> Guest:
     return guest
 
 
-def vmforkctl(guest: Guest, *arguments: str) -> subprocess.CompletedProcess[str]:
+def vmforkctl(guest: Guest, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    command = [sys.executable, "-m", "vmfork", "--root", str(guest.root), *arguments]
+    command = [*launcher, sys.executable, "-m", "vmfork", "--root", str(guest.root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
 
 
@@ -43,6 +46,15 @@ def test_hooks_tells_a_person_the_cure(guest: Guest) -> None:
     told = vmforkctl(guest, "hooks")
     assert told.returncode == 0
     assert f"hint: chmod go-w {path}" in told.stderr
+
+
+@pytest.mark.parametrize("verb", ["hooks", "plan"])
+def test_a_directory_that_cannot_be_read_is_named_and_is_no_empty_one(guest: Guest, verb: str) -> None:
+    need_ptrace()
+    broken = Injection(call="getdents64", when="1+", fault="error=EIO", path=str(guest.etc))
+    told = vmforkctl(guest, verb, launcher=strace(injections=[broken]))
+    assert (told.returncode, told.stdout) == (1, "")
+    assert f"{guest.etc}: cannot be read: Input/output error" in told.stderr
 
 
 @pytest.mark.parametrize(("asked", "runs"), [("rotate", True), ("keep", False), ("auto", False)])

@@ -3,11 +3,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from support.hooks import Enabling, Guest, always
+from vmfork.errors import InputError
 from vmfork.model import HookOutcome
 from vmfork.reactor.discovery import Origin, discover, runnable
 from vmfork.reactor.phases import Phase, in_order
@@ -149,6 +153,43 @@ def test_without_directories_there_are_no_hooks(tmp_path: Path) -> None:
     guest.lib.rmdir()
     guest.etc.rmdir()
     assert guest.discover() == {}
+
+
+@contextmanager
+def descriptors(*, free: int) -> Iterator[None]:
+    """Inside, this process can open so many more files and then gets EMFILE."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_with_however_few_descriptors_all_hooks_are_found_or_it_is_an_error(guest: Guest) -> None:
+    guest.hook("10-x", "", directory=guest.lib)
+    guest.hook("20-x", "", directory=guest.lib)
+    (guest.etc / "20-x").touch()
+    guest.hook("30-x", "")
+    whole = discover(guest.paths, always)
+    said: list[str] = []
+    for free in range(30):
+        with descriptors(free=free):
+            try:
+                assert discover(guest.paths, always) == whole
+            except InputError as error:
+                said.append(str(error))
+    assert 3 < len(said) < 30
+    assert all("hooks.d" in one and "Too many open files" in one for one in said)
+
+
+def test_a_file_in_the_place_of_a_directory_has_no_hooks(guest: Guest) -> None:
+    guest.hook("10-x", "", directory=guest.lib)
+    guest.etc.rmdir()
+    guest.etc.touch()
+    assert list(guest.discover()) == ["10-x"]
 
 
 def test_the_json_form_is_the_contract(guest: Guest) -> None:

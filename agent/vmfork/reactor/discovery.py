@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
+from vmfork.errors import InputError
 from vmfork.jsonfields import JsonObject
 from vmfork.model import HookOutcome
 from vmfork.paths import Paths
+from vmfork.reactor.refusals import passes
 from vmfork.trust import Inspector, Untrusted
 
 _NAME = re.compile(r"([0-9]{2})-[A-Za-z0-9][A-Za-z0-9_-]*(?:\.[A-Za-z0-9]+)?")
@@ -26,6 +28,8 @@ _LEFTOVER = re.compile(
     r".*~|\..*|#.*#|README.*|.*\.(?:bak|orig|old|sample|swp|swo|tmp|dpkg-.*|rpm.*|ucf-.*)|.*,v", re.DOTALL
 )
 _MAX_ENTRIES = 4096
+# What makes a directory an empty one; whatever else keeps it from being read must not look like that.
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class Origin(StrEnum):
@@ -76,7 +80,8 @@ def discover(paths: Paths, settings_of: Callable[[str], _Enabling]) -> tuple[Hoo
     """Every entry of both directories, in the order in which hooks run; entries that are no hooks stand at the end.
 
     `settings_of(name)` is what the configuration says of one hook. An /etc directory that is not trusted has no say:
-    its entries are listed as untrusted, and neither override nor mask the package's.
+    its entries are listed as untrusted, and neither override nor mask the package's. Raises InputError where a
+    directory is there and cannot be read, or a hook cannot be examined for now: what runs is not known then.
     """
     found: dict[str, Hook] = {}
     without_say: list[Hook] = []
@@ -110,9 +115,11 @@ def _distrust(inspector: Inspector, directory: str) -> Untrusted | None:
         inspector.check(directory)
     except Untrusted as error:
         return error
-    except OSError:
-        # Absent, or no directory: it then has no entries either.
+    except _ABSENT:
+        # It then has no entries either.
         return None
+    except OSError as error:
+        raise _unreadable(directory, error) from error
     return None
 
 
@@ -120,8 +127,10 @@ def _entries(origin: Origin, directory: str) -> Iterator[Hook]:
     """What stands in a directory; `order` is set where the name is a hook's."""
     try:
         names = sorted(os.listdir(directory))[:_MAX_ENTRIES]
-    except OSError:
+    except _ABSENT:
         return
+    except OSError as error:
+        raise _unreadable(directory, error) from error
     for name in names:
         hook = Hook(name=_shown(name), path=_shown(os.path.join(directory, name)), order=None, origin=origin)
         match = _NAME.fullmatch(name)
@@ -133,6 +142,11 @@ def _entries(origin: Origin, directory: str) -> Iterator[Hook]:
             yield replace(hook, order=int(match[1]))
 
 
+def _unreadable(path: str, error: OSError) -> InputError:
+    hint = "run as root" if isinstance(error, PermissionError) else "no hook runs before it can be read"
+    return InputError(path, f"cannot be read: {error.strerror}", hint=hint)
+
+
 def _distrusted(hook: Hook, error: Untrusted) -> Hook:
     if hook.order is None:
         return hook
@@ -141,14 +155,17 @@ def _distrusted(hook: Hook, error: Untrusted) -> Hook:
 
 
 def _judged(inspector: Inspector, paths: Paths, hook: Hook) -> Hook:
-    masked = _mask(hook.path, paths)
-    if masked is not None:
-        return replace(hook, state=HookOutcome.MASKED, reason=masked)
     try:
+        masked = _mask(hook.path, paths)
+        if masked is not None:
+            return replace(hook, state=HookOutcome.MASKED, reason=masked)
         checked = inspector.check_program(hook.path)
     except Untrusted as error:
         return replace(hook, state=HookOutcome.UNTRUSTED, reason=f"{error}; {error.hint}", hint=error.hint)
     except OSError as error:
+        if passes(error):
+            raise _unreadable(hook.path, error) from error
+        # One broken file must not keep the others from running.
         return replace(hook, state=HookOutcome.FAILED, reason=f"cannot be examined: {error.strerror}")
     if not checked.status.st_mode & 0o111:
         hint = f"chmod +x {hook.path}"
@@ -157,18 +174,15 @@ def _judged(inspector: Inspector, paths: Paths, hook: Hook) -> Hook:
 
 
 def _mask(path: str, paths: Paths) -> str | None:
-    """How this entry masks a hook, or None."""
-    try:
-        status = os.lstat(path)
-        if stat.S_ISREG(status.st_mode):
-            return "is masked by an empty file" if status.st_size == 0 else None
-        if not stat.S_ISLNK(status.st_mode):
-            return None
-        folder = os.path.dirname(path).removeprefix(paths.root)
-        # By its text, not by what is found there: a fake guest need not have a /dev/null.
-        target = os.path.normpath(os.path.join(folder, os.readlink(path)))
-    except OSError:
+    """How this entry masks a hook, or None; OSError where that cannot be told."""
+    status = os.lstat(path)
+    if stat.S_ISREG(status.st_mode):
+        return "is masked by an empty file" if status.st_size == 0 else None
+    if not stat.S_ISLNK(status.st_mode):
         return None
+    folder = os.path.dirname(path).removeprefix(paths.root)
+    # By its text, not by what is found there: a fake guest need not have a /dev/null.
+    target = os.path.normpath(os.path.join(folder, os.readlink(path)))
     return "is masked by a link to /dev/null" if target == "/dev/null" else None
 
 
