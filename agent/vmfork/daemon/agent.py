@@ -205,7 +205,7 @@ class Vmforkd:
             "identity": self.watch.identity(Kind.LIVE).to_json(),
             "version": __version__,
             "stragglers": stragglers,
-            "problems": [*self.config.problems, *self.ledger.problems.values()],
+            "problems": [*self.config.problems, *self.ledger.problems.values(), *self.reaction.problems],
         }
 
     def subscribe(self, call: Call) -> None:

@@ -70,6 +70,18 @@ class Reaction:
         """What is being run now, or waits to be run again."""
         return self._job
 
+    @property
+    def problems(self) -> list[str]:
+        """What keeps the job from its end, as sentences for `status`; empty while nothing does."""
+        if self._job is None:
+            return []
+        if self._process.problem is not None:
+            return [self._process.problem]
+        if self._failures == 0:
+            return []
+        tries = "one try" if self._failures == 1 else f"{self._failures} tries"
+        return [f"the reaction has no result after {tries} and is begun again: journalctl -t vmfork-react says why"]
+
     def run(self, job: Job) -> None:
         """Begin a job in place of whatever was going on."""
         self._job = job

@@ -25,13 +25,17 @@ _TERMINATION_SEC = 6.0
 
 
 class ReactorProcess:
-    """At most one child; `ended` is called when it exits by itself."""
+    """At most one child; `ended` is called when it exits by itself, or cannot be started.
+
+    `problem` is the sentence that says why the last one could not be started, until one is.
+    """
 
     def __init__(self, loop: Loop, paths: Paths, *, as_unit: bool, ended: Callable[[], None]) -> None:
         self._loop = loop
         self._paths = paths
         self._as_unit = as_unit
         self._ended = ended
+        self.problem: str | None = None
         self._child: tuple[int, int] | None = None
         self._killer: Deadline | None = None
         self._start_again = False
@@ -67,13 +71,32 @@ class ReactorProcess:
         try:
             with limit_for_children():
                 pid = os.posix_spawnp(command[0], command, os.environ, setsigmask=[], setsigdef=[signal.SIGPIPE])
-            descriptor = os.pidfd_open(pid)
+            self._child = pid, self._watched(pid)
         except OSError as error:
-            log.error("the reaction cannot be started: %s: %s", command[0], error.strerror)
+            self._refused(f"{command[0]}: {error.strerror}")
             self._loop.after(0, self._ended)
             return
-        self._child = pid, descriptor
-        self._loop.watch(descriptor, self._reap)
+        if not self._as_unit:
+            self.problem = None
+
+    def _watched(self, pid: int) -> int:
+        """A descriptor of the child, watched by the loop; a child whose end nobody would see is ended at once."""
+        try:
+            descriptor = os.pidfd_open(pid)
+            try:
+                self._loop.watch(descriptor, self._reap)
+            except OSError:
+                os.close(descriptor)
+                raise
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        return descriptor
+
+    def _refused(self, why: str) -> None:
+        self.problem = f"the reactor cannot be started: {why}"
+        log.error("%s", self.problem)
 
     def _signal(self, number: int) -> None:
         if self._child is not None:
@@ -90,11 +113,15 @@ class ReactorProcess:
         if self._killer is not None:
             self._killer.cancel()
             self._killer = None
-        failed = os.waitstatus_to_exitcode(status) != 0
+        code = os.waitstatus_to_exitcode(status)
+        if self._as_unit and code != 0:
+            self._refused(f"systemctl restart {UNIT} ended with {code}")
+        elif self._as_unit:
+            self.problem = None
         if self._start_again:
             self._start_again = False
             self.start()
-        elif not self._as_unit or failed:
+        elif not self._as_unit or code != 0:
             self._ended()
 
     def abandon(self) -> None:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reactor that cannot be started, or not be watched, is said to be so, and leaves no process behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from vmfork.daemon.loop import Loop
+from vmfork.daemon.reactorprocess import ReactorProcess
+from vmfork.paths import Paths
+
+
+class FullLoop(Loop):
+    """A loop whose epoll has room for nothing more as long as `full` is set."""
+
+    full = True
+
+    def watch(self, descriptor: int, action: Callable[[], None]) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().watch(descriptor, action)
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def has_a_child() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def process(loop: Loop, root: Path, *, ends: int = 1) -> tuple[ReactorProcess, list[str]]:
+    """One, and what is told of its ends; so many stop the loop."""
+    told: list[str] = []
+
+    def ended() -> None:
+        told.append("ended")
+        if len(told) == ends:
+            loop.stop()
+
+    return ReactorProcess(loop, Paths(str(root)), as_unit=False, ended=ended), told
+
+
+def test_a_child_without_a_descriptor_is_ended_and_reported(tmp_path: Path) -> None:
+    loop = Loop()
+    reactor, told = process(loop, tmp_path)
+    with no_more_descriptors():
+        reactor.start()
+    assert not has_a_child()
+    assert "Too many open files" in str(reactor.problem)
+    loop.run()
+    assert told == ["ended"]
+
+
+def test_a_child_that_the_loop_cannot_watch_is_ended_and_reported(tmp_path: Path) -> None:
+    loop = FullLoop()
+    reactor, told = process(loop, tmp_path)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    reactor.start()
+    assert not has_a_child()
+    assert "No space left on device" in str(reactor.problem)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(lowest_free)
+    loop.run()
+    assert told == ["ended"]
+
+
+def test_the_next_reactor_that_starts_mends_it(tmp_path: Path) -> None:
+    loop = FullLoop()
+    reactor, told = process(loop, tmp_path, ends=2)
+    reactor.start()
+    loop.full = False
+    reactor.start()
+    assert reactor.problem is None
+    # One for the refusal; without a daemon to ask, the reactor ends by itself.
+    loop.run()
+    assert told == ["ended", "ended"]
+    assert not has_a_child()
