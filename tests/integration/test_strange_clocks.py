@@ -13,11 +13,11 @@ def test_a_leap_is_no_fork_and_hides_none(leap: Leap) -> None:
     assert idle(leap).violations == []
 
 
-@pytest.mark.parametrize("leap", LEAPS[:3], ids=lambda leap: leap.name.replace(" ", "-"))
+@pytest.mark.parametrize("leap", [*LEAPS[:3], PAUSED], ids=lambda leap: leap.name.replace(" ", "-"))
 def test_a_hook_that_ran_meanwhile_is_left_to_end(leap: Leap) -> None:
     assert during_a_hook(leap).violations == []
 
 
-@pytest.mark.parametrize("leap", LEAPS[1:2], ids=lambda leap: leap.name.replace(" ", "-"))
+@pytest.mark.parametrize("leap", [LEAPS[1], PAUSED], ids=lambda leap: leap.name.replace(" ", "-"))
 def test_deadlines_come_by_the_steady_clock(leap: Leap) -> None:
     assert with_a_deadline(leap).violations == []

@@ -19,9 +19,11 @@ from vmfork.model import HookOutcome
 from vmfork.page import read_page
 from vmfork.varlink.client import Client
 
-# Says that it runs, then waits for the clocks to have moved.
+# Says that it runs, then waits for the clocks to have moved. What it prints makes the reactor look at them.
 _WAITS = """echo >>"$VMFORK_ROOT/began"
 while [ ! -e "$VMFORK_ROOT/go" ]; do sleep 0.02; done
+echo "goes on"
+sleep 0.2
 echo "$VMFORK_GENERATION" >>"$VMFORK_ROOT/ran\""""
 
 
@@ -41,8 +43,7 @@ LEAPS = (
     Leap(name="suspended for hours", realtime=5 * HOUR_NS, boottime=5 * HOUR_NS),
     Leap(name="boot time alone", boottime=2000 * HOUR_NS),
 )
-# A host that does not hold CLOCK_MONOTONIC while the guest is paused breaks a promise of the kernel: deadlines may then
-# come early, but nothing may be taken for a fork and nothing may stop working.
+# A guest whose clocksource is the bare TSC, paused by a host that lets that count on: a hook is not charged for it.
 PAUSED = Leap(name="all clocks, paused for hours", realtime=9 * HOUR_NS, monotonic=9 * HOUR_NS, boottime=9 * HOUR_NS)
 
 
@@ -93,7 +94,7 @@ def during_a_hook(leap: Leap) -> Row:
     def play(live: LiveGuest, clocks: ClockShift) -> None:
         value = live.fork()
         live.until(lambda: (live.guest.root / "began").exists(), "the hook began")
-        clocks.set(realtime=leap.realtime, boottime=leap.boottime)
+        clocks.set(realtime=leap.realtime, monotonic=leap.monotonic, boottime=leap.boottime)
         (live.guest.root / "go").touch()
         live.until(lambda: live.is_written(2, value), "the fork settled")
         event = history.load(live.guest.paths).events[-1]
@@ -114,7 +115,7 @@ def with_a_deadline(leap: Leap) -> Row:
             began = time.monotonic()
             live.fork()
             live.until(lambda: (live.guest.root / "began").exists(), "the hook began")
-            clocks.set(realtime=leap.realtime, boottime=leap.boottime)
+            clocks.set(realtime=leap.realtime, monotonic=leap.monotonic, boottime=leap.boottime)
             live.until(live.is_over, "the hook that hangs was ended")
             took = time.monotonic() - began
             live.row.check(1.5 < took < 15, f"its deadline of 2 s came after {took:.1f} s")
@@ -131,8 +132,7 @@ def with_a_deadline(leap: Leap) -> Row:
 def clock_rows() -> Iterator[Row]:
     """One row of all leaps in all places."""
     row = Row(name="clocks that jump")
-    cases = [(idle, leap) for leap in (*LEAPS, PAUSED)]
-    cases += [(play, leap) for play in (during_a_hook, with_a_deadline) for leap in LEAPS]
+    cases = [(play, leap) for play in (idle, during_a_hook, with_a_deadline) for leap in (*LEAPS, PAUSED)]
     with ThreadPoolExecutor(WORKERS) as pool:
         for result in pool.map(lambda case: case[0](case[1]), cases):
             row.add(result)

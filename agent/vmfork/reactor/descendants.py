@@ -9,6 +9,7 @@ process is named by its id and start time, and signalled through a pidfd, so tha
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -185,6 +186,15 @@ def send(process: Process, number: signal.Signals) -> None:
         return
     finally:
         os.close(descriptor)
+
+
+def kill_newborn(pid: int) -> None:
+    """Kill a child that has just begun, and the group that it leads if it leads one yet; returns when it is gone."""
+    # The id stays its own until it is waited for.
+    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def kill_until_gone(find: Callable[[], list[Process]], *, seconds: float) -> list[Process]:

@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 
 MAX_PARALLEL = 128
 _INTERRUPT_GRACE_SEC = 0.5
+# A guest that was paused and goes on finds that CLOCK_MONOTONIC counted on where its clocksource is the bare TSC. So
+# much more between two looks at it than was waited for is such a pause. No wait is long, so that a pause costs a hook
+# a second at most, and a machine that is always late still comes to every deadline.
+_LEAP_SEC = 2.0
+_LONGEST_WAIT_SEC = 1.0
 _CLOCK_NOISE_NS = 10_000_000
 _BAD = {HookOutcome.FAILED, HookOutcome.TIMEOUT, HookOutcome.INTERRUPTED, HookOutcome.UNTRUSTED}
 _MESSAGES = {
@@ -87,6 +92,7 @@ class Engine:
         self._strangers: set[tuple[int, int]] = set()
         self._alone = False
         self._failed = False
+        self._looked = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -161,8 +167,9 @@ class Engine:
                 timeout = 0.0
         elif timeout is None:
             return
+        timeout = min(timeout, _LONGEST_WAIT_SEC)
         events = self._selector.select(timeout)
-        now = time.monotonic()
+        now = self._look(timeout)
         for key, _ in events:
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
@@ -180,6 +187,16 @@ class Engine:
                 run.on_time(now, self._find)
         self._collect()
 
+    def _look(self, waited: float = 0.0) -> float:
+        """The time. What passed since the last look, far more than the wait in between, is charged to no hook."""
+        now = time.monotonic()
+        late, self._looked = now - self._looked - waited, now
+        if late > _LEAP_SEC and self._runs:
+            log.info("the clock leapt by %d s while hooks ran; they have so much longer", late)
+            for run in self._runs:
+                run.postpone(late)
+        return now
+
     def _start(self, run: HookRun) -> None:
         hook = run.hook
         if self._records is not None:
@@ -195,7 +212,7 @@ class Engine:
             finally:
                 os.close(stdin)
 
-        run.start(launch, self._token, time.monotonic())
+        run.start(launch, self._token, self._look())
         if self._records is not None and run.process is not None:
             self._records.runs(hook.name, self._token, run.process)
 
@@ -219,7 +236,7 @@ class Engine:
         self._reporter.ended(result)
 
     def _stop_all(self) -> None:
-        now = time.monotonic()
+        now = self._look()
         for run in self._runs:
             if run.stage in (Stage.RUNNING, Stage.PAUSED) or (
                 run.stage is Stage.ENDING and run.deadline > now + _INTERRUPT_GRACE_SEC

@@ -3,14 +3,14 @@
 
 The caller turns the event loop: it calls `on_exit`, `on_output` and `on_time`, and `stop` to end the hook early. All
 times are CLOCK_MONOTONIC: the wall clock is stepped by a hook, and CLOCK_MONOTONIC does not run while a snapshot
-lies on a disk, so a hook that was asleep in one keeps the rest of its time. A hook that ended by itself may leave
-daemons behind; those that hold its pipe delay it by `DRAIN_SEC` and then lose the pipe, not their life. A hook that
-the kernel refuses to start for lack of something is tried again for as long as it might have run.
+lies on a disk, so a hook that was asleep in one keeps the rest of its time; where it leaps all the same, `postpone`
+makes up for it. A hook that ended by itself may leave daemons behind; those that hold its pipe delay it by `DRAIN_SEC`
+and then lose the pipe, not their life. A hook that the kernel refuses to start for lack of something is tried again
+for as long as it might have run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import selectors
@@ -21,7 +21,7 @@ from enum import Enum, auto
 
 from vmfork import ids
 from vmfork.model import HookOutcome, HookResult
-from vmfork.reactor.descendants import Mark, Process, kill_until_gone, read_process, send
+from vmfork.reactor.descendants import Mark, Process, kill_newborn, kill_until_gone, read_process, send
 from vmfork.reactor.discovery import Hook
 from vmfork.reactor.output import Output, line_logger, warn_dropped
 from vmfork.reactor.refusals import passes
@@ -120,11 +120,19 @@ class HookRun:
             self._selector.register(self._pidfd, selectors.EVENT_READ, (self, self.on_exit))
             self._selector.register(reading, selectors.EVENT_READ, (self, self.on_output))
         except OSError:
-            # Nobody would see its end, nor could end it in time. The id is its own until we have waited for it.
-            _kill_session(pid)
-            os.waitpid(pid, 0)
+            # Nobody would see its end, nor could end it in time.
+            kill_newborn(pid)
             raise
         self.process = read_process(pid)
+
+    def postpone(self, seconds: float) -> None:
+        """The clock counted so much that nobody lived through: it is taken off the deadline and off the duration."""
+        if self.stage is not Stage.KILLING:
+            # That ends in any case, even where a flood of processes makes every look late.
+            self.deadline += seconds
+        self._began += seconds if self._began else 0.0
+        self._exited = None if self._exited is None else self._exited + seconds
+        self._refused_since = None if self._refused_since is None else self._refused_since + seconds
 
     def on_exit(self, now: float) -> None:
         """The first process ended."""
@@ -277,10 +285,3 @@ class HookRun:
             "VMFORK_HOOK": self.hook.name,
             "VMFORK_GENERATION": self._generation,
         }
-
-
-def _kill_session(pid: int) -> None:
-    """A hook that has just begun: its first process, and what is in the group that it leads if it leads one yet."""
-    os.kill(pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
