@@ -253,8 +253,8 @@ def refused(call: str, when: str, error: str, *paths: Path) -> list[str]:
 # What a reactor does to start one hook, and the number of the call that belongs to the hook.
 _STARTING = [
     ("pipe2", "2", "EMFILE"),
-    ("clone,clone3,vfork", "1", "EAGAIN"),
-    ("clone,clone3,vfork", "1", "ENOMEM"),
+    ("clone,?clone3,?vfork", "1", "EAGAIN"),
+    ("clone,?clone3,?vfork", "1", "ENOMEM"),
     ("pidfd_open", "1", "EMFILE"),
     ("epoll_ctl", "2", "ENOSPC"),
     ("epoll_ctl", "3", "ENOMEM"),

@@ -98,25 +98,49 @@ def detector_faults() -> list[Fault]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReactorFault:
-    """`call` fails with `error` in the first `runs` reactors, on `file` of /run/vmforkd where one is given."""
+    """`call` fails with `error` in the first `runs` reactors, at the times `when`, on `file` where one is named.
+
+    `told`: none of them comes to a result, and `status` must say so; they are let go only then.
+    """
 
     call: str
     error: str
     file: str = ""
+    when: str = "1+"
     runs: int = 1000
+    told: bool = False
 
     def __str__(self) -> str:
-        return f"{self.error} in {self.call} of the reactor" + (f" on {self.file}" if self.file else "")
+        where = f" on {self.file}" if self.file else ""
+        return f"{self.error} in {self.call.replace('?', '')} of the reactor{where}"
+
+    def injection(self, paths: Paths) -> Injection:
+        path = _REACTOR_FILES[self.file](paths) if self.file else None
+        return Injection(call=self.call, when=self.when, fault=f"error={self.error}", path=path)
+
+
+_REACTOR_FILES: dict[str, Callable[[Paths], str]] = {
+    "react.hooks": lambda paths: paths.react_hooks,
+    "react.lock": lambda paths: paths.react_lock,
+    "hooks.d": lambda paths: paths.hooks_etc,
+    "vmfork.conf": lambda paths: f"{paths.config_etc}/vmfork.conf",
+}
 
 
 def reactor_faults() -> list[ReactorFault]:
-    """A full or broken /run for as long as there are reactors, and memory or descriptors that two of them lack."""
+    """A full or broken /run, what cannot be read, and memory, processes or descriptors that are lacking for a while."""
     lasting = [("write", "ENOSPC"), ("write", "EIO"), ("openat", "ENOSPC"), ("openat", "EROFS"), ("ftruncate", "EIO")]
     passing = [("memfd_create", "ENOMEM"), ("pipe2", "EMFILE"), ("epoll_create1", "EMFILE"), ("connect", "ENOMEM")]
+    # At the start of the hook: the reactor itself tries again.
+    starting = [("clone,?clone3,?vfork", "EAGAIN"), ("clone,?clone3,?vfork", "ENOMEM"), ("pidfd_open", "EMFILE")]
+    unread = [(call, error) for call in ("openat", "getdents64") for error in ("EIO", "EMFILE")]
     return [
         *(ReactorFault(call=call, error=error, file="react.hooks") for call, error in lasting),
         *(ReactorFault(call="openat", error=error, file="react.lock", runs=2) for error in ERRORS),
         *(ReactorFault(call=call, error=error, runs=1) for call, error in passing),
+        *(ReactorFault(call=call, error=error, when="1", runs=1) for call, error in starting),
+        *(ReactorFault(call=call, error=error, file="hooks.d", told=True) for call, error in unread),
+        *(ReactorFault(call="openat", error=error, file="vmfork.conf") for error in ("EIO", "EMFILE")),
     ]
 
 
@@ -154,14 +178,19 @@ def play_reactor(fault: ReactorFault) -> Row:
     with LiveGuest(str(fault)) as live:
         row = live.row
         try:
-            path = f"{live.guest.paths.run_private}/{fault.file}" if fault.file else None
-            error = Injection(call=fault.call, when="1+", fault=f"error={fault.error}", path=path)
-            python = interpreter(live.top, strace(injections=[error]), first=1, last=fault.runs)
+            live.configure("[React]\nTimeoutSec=20\n")
+            words = strace(injections=[fault.injection(live.guest.paths)])
+            python = interpreter(live.top, words, first=1, last=fault.runs)
             live.words = [sys.executable, "-c", LAUNCH, str(python)]
             live.start()
             value = live.fork()
+            if fault.told:
+                live.until(lambda: live.problems() != [], "status names a problem")
+                row.check(live.ran() == [], "a hook ran, though nobody could know which ones are to")
+                interpreter(live.top, [], first=1, last=0)
             live.until(lambda: "2" in live.ran(), "the hook ran")
             live.until(live.is_over, "the reaction ended")
+            row.check(live.problems() == [], "status names a problem that is none any more")
             row.check(read_page(live.guest.paths.generation_page).state == STATE_SETTLED, "the reaction failed")
             _after(live, value)
         except (Broken, VmforkError) as error:
