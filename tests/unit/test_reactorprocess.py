@@ -96,3 +96,32 @@ def test_the_next_reactor_that_starts_mends_it(tmp_path: Path) -> None:
     loop.run()
     assert told == ["ended", "ended"]
     assert not has_a_child()
+
+
+def test_a_service_manager_that_refuses_is_reported_until_it_takes_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f"#!/bin/sh\n[ -e {tmp_path}/well ]\n")
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    loop = Loop()
+    said: list[str | None] = []
+
+    def ended() -> None:
+        said.append(reactor.problem)
+        (tmp_path / "well").touch()
+        reactor.start()
+        look()
+
+    def look() -> None:
+        if reactor.problem is None:
+            loop.stop()
+        else:
+            loop.after(0.01, look)
+
+    reactor = ReactorProcess(loop, Paths(str(tmp_path)), as_unit=True, ended=ended)
+    reactor.start()
+    loop.run()
+    assert said == ["the reactor cannot be started: systemctl restart vmfork-react.service ended with exit status 1"]
+    assert not has_a_child()

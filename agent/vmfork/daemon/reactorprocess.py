@@ -115,7 +115,7 @@ class ReactorProcess:
             self._killer = None
         code = os.waitstatus_to_exitcode(status)
         if self._as_unit and code != 0:
-            self._refused(f"systemctl restart {UNIT} ended with {code}")
+            self._refused(f"systemctl restart {UNIT} ended with exit status {code}")
         elif self._as_unit:
             self.problem = None
         if self._start_again:
