@@ -3,14 +3,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from support.hooks import Enabling, Guest, always
+from support.limits import descriptors
 from vmfork.errors import InputError
 from vmfork.model import HookOutcome
 from vmfork.reactor.discovery import Origin, discover, runnable
@@ -153,19 +151,6 @@ def test_without_directories_there_are_no_hooks(tmp_path: Path) -> None:
     guest.lib.rmdir()
     guest.etc.rmdir()
     assert guest.discover() == {}
-
-
-@contextmanager
-def descriptors(*, free: int) -> Iterator[None]:
-    """Inside, this process can open so many more files and then gets EMFILE."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_with_however_few_descriptors_all_hooks_are_found_or_it_is_an_error(guest: Guest) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from support.hooks import QUICK, TOKEN, Guest, Recorder, alive, always, event, occasion, pids_in, run
+from support.limits import descriptors
 from vmfork import ids
 from vmfork.model import EventState, HookOutcome, HookResult
-from vmfork.reactor.descendants import Process
+from vmfork.reactor.descendants import Process, read_process
 from vmfork.reactor.discovery import discover, runnable
 from vmfork.reactor.engine import Engine
 from vmfork.reactor.inprocess import InProcess
@@ -262,6 +263,11 @@ def test_a_refused_start_takes_none_of_the_tries_of_75(guest: Guest, tmp_path: P
     assert seen.outcomes() == {"10-again": HookOutcome.OK}
 
 
+def test_a_process_that_cannot_be_looked_at_for_now_is_not_taken_for_one_that_ended() -> None:
+    with descriptors(free=0), pytest.raises(OSError, match="Too many open files"):
+        read_process(os.getpid())
+
+
 def test_a_hook_that_cannot_be_started_in_its_time_fails_with_a_reason(
     guest: Guest, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -293,7 +299,7 @@ def test_a_hook_that_waits_to_be_started_is_interrupted(guest: Guest) -> None:
 def test_a_hook_that_cannot_be_started_fails_with_a_reason(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
     (guest.etc / "10-no-header").write_text("echo hello\n")
     (guest.etc / "10-no-header").chmod(0o755)
-    guest.hook("20-no-interpreter", "#!/nonexistent/interpreter\n")
+    guest.hook("20-no-interpreter", f"#!{guest.root}/no/interpreter\n")
     seen = run(guest, limits=PATIENT)
     assert set(seen.outcomes().values()) == {HookOutcome.FAILED}
     assert "begin with a #! line" in caplog.text

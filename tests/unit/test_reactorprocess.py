@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from support.limits import descriptors
 from vmfork.daemon.loop import Loop
 from vmfork.daemon.reactorprocess import ReactorProcess
 from vmfork.paths import Paths
@@ -26,18 +25,6 @@ class FullLoop(Loop):
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         super().watch(descriptor, action)
-
-
-@contextmanager
-def no_more_descriptors() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def has_a_child() -> bool:
@@ -63,7 +50,7 @@ def process(loop: Loop, root: Path, *, ends: int = 1) -> tuple[ReactorProcess, l
 def test_a_child_without_a_descriptor_is_ended_and_reported(tmp_path: Path) -> None:
     loop = Loop()
     reactor, told = process(loop, tmp_path)
-    with no_more_descriptors():
+    with descriptors(free=0):
         reactor.start()
     assert not has_a_child()
     assert "Too many open files" in str(reactor.problem)

@@ -77,11 +77,12 @@ def processes() -> dict[int, Process]:
 
 
 def read_process(pid: int) -> Process | None:
-    """The process with this id, None if it is gone or a zombie."""
+    """The process with this id, None if it is gone or a zombie, or hidden from us; OSError where that is not known."""
     try:
         with open(f"{_PROC}/{pid}/stat", "rb", buffering=0) as file:
             data = file.read(4096)
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        # Nothing else: for lack of a descriptor a process that runs must not look like one that has ended.
         return None
     # The command's name may hold spaces and parentheses; the fields begin after its last one.
     fields = data[data.rfind(b")") + 2 :].split()

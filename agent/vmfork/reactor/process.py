@@ -119,11 +119,11 @@ class HookRun:
             self._pidfd = os.pidfd_open(pid)
             self._selector.register(self._pidfd, selectors.EVENT_READ, (self, self.on_exit))
             self._selector.register(reading, selectors.EVENT_READ, (self, self.on_output))
+            self.process = read_process(pid)
         except OSError:
             # Nobody would see its end, nor could end it in time.
             kill_newborn(pid)
             raise
-        self.process = read_process(pid)
 
     def postpone(self, seconds: float) -> None:
         """The clock counted so much that nobody lived through: it is taken off the deadline and off the duration."""
