@@ -21,8 +21,8 @@ class CatchUp:
         self._ledger = ledger
         self._deadline: Deadline | None = None
         self._tries = 0
-        ledger.refused = self._later
-        if ledger.is_behind:
+        ledger.refusals.refused = self._later
+        if ledger.refusals.is_behind:
             self._later()
 
     def _later(self) -> None:
@@ -34,5 +34,5 @@ class CatchUp:
         self._deadline = None
         self._tries += 1
         self._ledger.catch_up()
-        if not self._ledger.is_behind:
+        if not self._ledger.refusals.is_behind:
             self._tries = 0

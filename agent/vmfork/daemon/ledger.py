@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from vmfork import ids, intent, page, state
 from vmfork.blake2 import blake2b
+from vmfork.daemon.refusals import Refusals
 from vmfork.detector import GENERATION_ID, Memory
 from vmfork.errors import InputError
 from vmfork.history import HistoryWriter
@@ -39,14 +40,15 @@ _ALL_NOTED = 32
 class Ledger:
     """The only writer of page, state and history.
 
-    `problems` maps a file to the sentence that says what is wrong with it now; `refused` is called when one did not
-    take what was written. Raises InputError where the page itself cannot be had: nothing works without it.
+    `refusals` says which files did not take what was written, and `problems` is what it says. Raises InputError where
+    the page itself cannot be had: nothing works without it.
     """
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
-        self.problems: dict[str, str] = {}
-        self.refused: Callable[[], None] = lambda: None
+        self.refusals = Refusals()
+        self.problems = self.refusals.problems
+        self._attempt = self.refusals.attempt
         self._make_directories()
         saved = self._load(paths.state, lambda: state.load_saved(paths))
         remembered = self._load(paths.detector_memory, lambda: state.load_remembered(paths))
@@ -107,19 +109,6 @@ class Ledger:
             # Stays until the daemon is started again: somebody should look at what was kept.
             self.problems[f"{path}.broken"] = f"{error}; kept as {path}.broken"
             return None
-
-    def _attempt(self, what: str, write: Callable[[], object]) -> bool:
-        try:
-            write()
-        except (OSError, InputError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error.problem
-            if what not in self.problems:
-                log.error("%s: %s", what, reason)
-            self.problems[what] = f"{what}: {reason}"
-            self.refused()
-            return False
-        self.problems.pop(what, None)
-        return True
 
     # What the rest of the daemon asks.
 
@@ -277,11 +266,6 @@ class Ledger:
         if len(rest) != len(self.remembered.unwritten):
             self._remember(replace(self.remembered, unwritten=tuple(rest)))
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether a file, or its directory, did not take what was last written to it."""
-        return any(not what.endswith(".broken") for what in self.problems)
-
     def catch_up(self) -> None:
         """Write again what was refused: history before state, as ever."""
         self._make_directories()
@@ -291,6 +275,7 @@ class Ledger:
             self._attempt(self._paths.detector_intent, self._open_intent)
         self._write_history()
         self._save(self.saved)
+        self.refusals.try_again()
 
     def close(self) -> None:
         """Nobody watches from now on."""
