@@ -35,7 +35,8 @@ class Remembered:
 
     `kmsg_sequence` is the last record of the kernel's log that was taken into account; `event` the newest fork;
     `handled` whether its reaction ended; `unwritten` the forks that the history does not have yet; `credits` end at
-    these values of CLOCK_MONOTONIC (ns).
+    these values of CLOCK_MONOTONIC (ns). `mark_used_up`: the mark of a template counts no more, although a file of it
+    may still be there.
     """
 
     boot_id: str
@@ -48,6 +49,7 @@ class Remembered:
     event: ForkEvent | None = None
     handled: bool = True
     unwritten: tuple[ForkEvent, ...] = ()
+    mark_used_up: bool = False
 
     def with_fork(self, event: ForkEvent, interrupted: Sequence[HookResult] = (), **seen: Any) -> Remembered:
         """After a fork, and with what was `seen`; an older one still reacted to is superseded, with these hooks."""
@@ -72,6 +74,7 @@ class Remembered:
             "event": None if self.event is None else self.event.to_json(with_ids=True),
             "handled": self.handled,
             "unwritten": [event.to_json(with_ids=True) for event in self.unwritten],
+            "mark_used_up": self.mark_used_up,
         }
 
     @classmethod
@@ -89,6 +92,7 @@ class Remembered:
             event=None if event is None else ForkEvent.from_json(event),
             handled=fields.flag("handled", default=True),
             unwritten=tuple(ForkEvent.from_json(item) for item in fields.objects("unwritten")),
+            mark_used_up=fields.flag("mark_used_up"),
         )
 
 

@@ -20,6 +20,7 @@ from vmfork.daemon.service import Service
 from vmfork.daemon.settlement import Settlement
 from vmfork.daemon.snapshots import Snapshots
 from vmfork.daemon.sysgenid import SysGenId
+from vmfork.daemon.templatemark import TemplateMark
 from vmfork.daemon.watch import Watch
 from vmfork.jsonfields import JsonObject, JsonValue
 from vmfork.model import UNDECIDED, Detection, EventState, ForkEvent, IdentityPolicy, Kind
@@ -44,9 +45,10 @@ class Vmforkd:
         self.config = config.load(paths)
         self.ledger = Ledger(paths)
         CatchUp(self.loop, self.ledger)
+        self.mark = TemplateMark(paths, self.ledger)
         self.reaction = Reaction(self.loop, self._reactor_process, early=early)
-        self.settlement = Settlement(self.loop, paths, self.ledger, self.reaction, on_closed=self._on_closed)
-        self.snapshots = Snapshots(self.loop, paths, self.ledger, self.reaction, self.settlement.subscribers)
+        self.settlement = Settlement(self.loop, paths, self.ledger, self.mark, self.reaction, on_closed=self._on_closed)
+        self.snapshots = Snapshots(self.loop, self.ledger, self.mark, self.reaction, self.settlement.subscribers)
         self.metrics = Metrics(paths, self.ledger)
         self.sysgenid = SysGenId(paths)
         self._service: Service | None = None
@@ -172,8 +174,6 @@ class Vmforkd:
         self.loop.after(0, self._write_metrics)
 
     def _on_closed(self, event: ForkEvent) -> None:
-        if event.identity.policy is IdentityPolicy.ROTATE and event.state is EventState.SETTLED:
-            self.snapshots.unmark()
         self.metrics.ended(event)
         self._write_metrics()
         sysd.notify(f"STATUS={self._summary()}")

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import os
 from itertools import takewhile
 
 from vmfork import policy, settings
 from vmfork.config import Config
+from vmfork.daemon import templatemark
 from vmfork.daemon.ledger import Ledger
 from vmfork.model import EventState, Identity, IdentityPolicy, Kind
 from vmfork.paths import Paths
@@ -17,7 +17,7 @@ from vmfork.truths.evidence import read_instance_id, read_smbios, same_machine
 
 def choose(paths: Paths, config: Config, ledger: Ledger, kind: Kind, *, asked: IdentityPolicy | None) -> Identity:
     """The policy for a fork of this kind; only a cold one looks at the evidence."""
-    saved, owed, template = ledger.saved, _is_owed(ledger.remembered), _template(paths, config)
+    saved, owed, template = ledger.saved, _is_owed(ledger.remembered), _template(paths, config, ledger.remembered)
     evidence = policy.Evidence(kind=kind, owed=owed, template=template)
     if kind is Kind.COLD:
         instance = read_instance_id(paths).value
@@ -39,10 +39,10 @@ def _is_owed(remembered: Remembered) -> bool:
     return any(one.identity.policy is IdentityPolicy.ROTATE for one in (remembered.event, *superseded))
 
 
-def _template(paths: Paths, config: Config) -> str | None:
+def _template(paths: Paths, config: Config, remembered: Remembered) -> str | None:
     if config.get(settings.TEMPLATE):
         return "Template=yes is configured"
-    if os.path.lexists(paths.template_mark_run) or os.path.lexists(paths.template_mark):
+    if templatemark.stands(paths, remembered):
         return "this guest was declared a template by vmforkctl prepare --template"
     return None
 

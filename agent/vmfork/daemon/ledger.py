@@ -194,6 +194,10 @@ class Ledger:
         if self.event is not None:
             self._remember(replace(self.remembered, event=replace(self.event, identity=identity, hooks=())))
 
+    def note(self, **changes: Any) -> None:
+        """Fields of the memory in /run that have nothing to do with a fork."""
+        self._remember(replace(self.remembered, **changes))
+
     def close_event(
         self,
         outcome: EventState,

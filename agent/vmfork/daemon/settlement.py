@@ -12,7 +12,8 @@ from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Deadline, Loop
 from vmfork.daemon.reaction import Job, Phase, Reaction
 from vmfork.daemon.subscribers import FORK, SETTLED, Subscribers
-from vmfork.model import EventState, ForkEvent, HookOutcome, HookResult
+from vmfork.daemon.templatemark import TemplateMark
+from vmfork.model import EventState, ForkEvent, HookOutcome, HookResult, IdentityPolicy
 from vmfork.paths import Paths
 from vmfork.truths.evidence import read_instance_id, read_smbios
 
@@ -27,6 +28,7 @@ class Settlement:
         loop: Loop,
         paths: Paths,
         ledger: Ledger,
+        mark: TemplateMark,
         reaction: Reaction,
         *,
         on_closed: Callable[[ForkEvent], None],
@@ -34,6 +36,7 @@ class Settlement:
         self._loop = loop
         self._paths = paths
         self._ledger = ledger
+        self._mark = mark
         self._reaction = reaction
         self._on_closed = on_closed
         self.config = Config()
@@ -105,6 +108,10 @@ class Settlement:
 
     def _close(self, outcome: EventState, clock_step_ns: int | None) -> None:
         self._reset()
+        event = self._ledger.event
+        if outcome is EventState.SETTLED and event is not None and event.identity.policy is IdentityPolicy.ROTATE:
+            # Before the fork counts as handled: who goes on after a kill comes here again only until then.
+            self._mark.remove()
         self._ledger.close_event(
             outcome,
             clock_step_ns=clock_step_ns,

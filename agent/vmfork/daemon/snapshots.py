@@ -7,19 +7,18 @@ In a clone the after-fork hooks undo what was prepared, so a fork ends the prepa
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 
-from vmfork import atomicfile, ids
+from vmfork import ids
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Deadline, Loop
 from vmfork.daemon.reaction import Job, Phase, Reaction
 from vmfork.daemon.subscribers import AFTER_SNAPSHOT, BEFORE_SNAPSHOT, Subscribers
+from vmfork.daemon.templatemark import TemplateMark
 from vmfork.errors import VmforkError
 from vmfork.jsonfields import JsonValue
 from vmfork.model import EventState
-from vmfork.paths import Paths
 from vmfork.varlink.server import Call
 
 log = logging.getLogger(__name__)
@@ -28,10 +27,12 @@ log = logging.getLogger(__name__)
 class Snapshots:
     """At most one preparation at a time; the callers of Prepare and Resume are answered when their hooks ended."""
 
-    def __init__(self, loop: Loop, paths: Paths, ledger: Ledger, reaction: Reaction, subscribers: Subscribers) -> None:
+    def __init__(
+        self, loop: Loop, ledger: Ledger, mark: TemplateMark, reaction: Reaction, subscribers: Subscribers
+    ) -> None:
         self._loop = loop
-        self._paths = paths
         self._ledger = ledger
+        self._mark = mark
         self._reaction = reaction
         self._subscribers = subscribers
         self.number = 0
@@ -45,7 +46,7 @@ class Snapshots:
         if self._reaction.job is not None:
             raise VmforkError("a reaction is still going on", hint="vmforkctl wait --settled, then prepare again")
         if template:
-            self._mark()
+            self._mark.leave()
         self.number += 1
         self._call = call
         self._is_prepared = True
@@ -87,7 +88,7 @@ class Snapshots:
 
     def _finish(self) -> None:
         self.forget()
-        self.unmark()
+        self._mark.remove()
         self._subscribers.tell(AFTER_SNAPSHOT, self._ledger.generation, snapshot=self.number)
         self._run(Phase.AFTER_SNAPSHOT, {})
 
@@ -127,18 +128,3 @@ class Snapshots:
                 hook_ended=lambda _result: None,
             )
         )
-
-    # The mark of a template: in RAM for clones of the running guest, on disk for clones of its disk.
-
-    def _mark(self) -> None:
-        for path in self._marks():
-            atomicfile.replace(path, b"declared a template by vmforkctl prepare --template\n", durable=True)
-
-    def unmark(self) -> None:
-        """A clone used the mark up, or the template goes on as itself."""
-        for path in self._marks():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-
-    def _marks(self) -> tuple[str, str]:
-        return self._paths.template_mark_run, self._paths.template_mark
