@@ -30,13 +30,31 @@ _UNWRITTEN = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """What `vmforkctl prepare` did is still to be undone: at this value of CLOCK_MONOTONIC (ns), if nobody does before.
+
+    `undoing`: that has begun, and the hooks of after-snapshot did not end yet.
+    """
+
+    undo_at_ns: int
+    undoing: bool = False
+
+    def to_json(self) -> JsonObject:
+        return {"undo_at_ns": self.undo_at_ns, "undoing": self.undoing}
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> Preparation:
+        return cls(undo_at_ns=fields.integer("undo_at_ns"), undoing=fields.flag("undoing"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Remembered:
     """detector.json: where the detector was in this boot.
 
     `kmsg_sequence` is the last record of the kernel's log that was taken into account; `event` the newest fork;
     `handled` whether its reaction ended; `unwritten` the forks that the history does not have yet; `credits` end at
     these values of CLOCK_MONOTONIC (ns). `mark_used_up`: the mark of a template counts no more, although a file of it
-    may still be there.
+    may still be there. `preparation` is the one that stands, `snapshot` the number of the last one.
     """
 
     boot_id: str
@@ -50,16 +68,22 @@ class Remembered:
     handled: bool = True
     unwritten: tuple[ForkEvent, ...] = ()
     mark_used_up: bool = False
+    preparation: Preparation | None = None
+    snapshot: int = 0
 
     def with_fork(self, event: ForkEvent, interrupted: Sequence[HookResult] = (), **seen: Any) -> Remembered:
-        """After a fork, and with what was `seen`; an older one still reacted to is superseded, with these hooks."""
+        """After a fork, and with what was `seen`; an older one still reacted to is superseded, with these hooks.
+
+        No preparation stands after it: in a clone the hooks of after-fork undo what was prepared in the original.
+        """
         unwritten, old = self.unwritten, self.event
         if old is not None and not self.handled:
             old = replace(old, state=EventState.SUPERSEDED)
             for result in interrupted:
                 old = old.with_hook(result)
             unwritten = (*unwritten, old)[-_UNWRITTEN:]
-        return replace(self, event=event, generation=event.generation, handled=False, unwritten=unwritten, **seen)
+        after = replace(self, event=event, generation=event.generation, handled=False, preparation=None)
+        return replace(after, unwritten=unwritten, **seen)
 
     def to_json(self) -> JsonObject:
         return {
@@ -75,12 +99,14 @@ class Remembered:
             "handled": self.handled,
             "unwritten": [event.to_json(with_ids=True) for event in self.unwritten],
             "mark_used_up": self.mark_used_up,
+            "preparation": None if self.preparation is None else self.preparation.to_json(),
+            "snapshot": self.snapshot,
         }
 
     @classmethod
     def from_json(cls, fields: Fields) -> Remembered:
         truths, credit, interrupts = (fields.object(name) for name in ("truths", "credits", "interrupts"))
-        event = fields.object_or_none("event")
+        event, preparation = fields.object_or_none("event"), fields.object_or_none("preparation")
         return cls(
             boot_id=fields.text("boot_id"),
             generation=fields.integer("generation", minimum=1, maximum=LAST_GENERATION),
@@ -93,6 +119,8 @@ class Remembered:
             handled=fields.flag("handled", default=True),
             unwritten=tuple(ForkEvent.from_json(item) for item in fields.objects("unwritten")),
             mark_used_up=fields.flag("mark_used_up"),
+            preparation=None if preparation is None else Preparation.from_json(preparation),
+            snapshot=fields.integer_or_none("snapshot") or 0,
         )
 
 

@@ -14,7 +14,7 @@ from vmfork.history import HistoryWriter
 from vmfork.jsonfields import parse_object
 from vmfork.model import EventState, ForkEvent, HookOutcome, HookResult, Identity, IdentityPolicy, Kind
 from vmfork.paths import Paths
-from vmfork.state import Remembered, Saved
+from vmfork.state import Preparation, Remembered, Saved
 
 
 def event(generation: int = 2, *, state: EventState = EventState.SETTLED) -> ForkEvent:
@@ -66,6 +66,9 @@ def test_what_is_remembered_survives_its_file(paths: Paths) -> None:
         event=event(9, state=EventState.REACTING),
         handled=False,
         unwritten=(event(8, state=EventState.SUPERSEDED),),
+        mark_used_up=True,
+        preparation=Preparation(undo_at_ns=7, undoing=True),
+        snapshot=3,
     )
     state.store_remembered(paths, remembered)
     assert state.load_remembered(paths) == remembered
@@ -185,3 +188,12 @@ def test_a_directory_in_the_place_of_the_history_is_an_error_that_names_it(paths
 def test_an_unreadable_boot_id_is_unknown(paths: Paths) -> None:
     Path(paths.boot_id).write_bytes(b"\xff\xff")
     assert state.boot_id(paths) == "unknown"
+
+
+def test_a_memory_from_before_there_were_preparations_holds(paths: Paths) -> None:
+    state.store_remembered(paths, Remembered(boot_id="b", generation=9, tag_key=b"k" * 16, snapshot=4))
+    old = json.loads(Path(paths.detector_memory).read_text())
+    for name in ("mark_used_up", "preparation", "snapshot"):
+        del old[name]
+    Path(paths.detector_memory).write_text(json.dumps(old))
+    assert state.load_remembered(paths) == Remembered(boot_id="b", generation=9, tag_key=b"k" * 16)

@@ -84,6 +84,8 @@ class Vmforkd:
         if unfinished and not self._began:
             self._reconsider()
             self.settlement.resume()
+        if not self._early:
+            self.snapshots.take_up()
         if self._early:
             self._run_early()
         else:
