@@ -16,7 +16,7 @@ from torture import plays
 from torture.injection import CHANGES, KILLED, Injection, counted, strace
 from torture.scenario import Scenario, Words
 from torture.table import Row
-from torture.verdict import judge
+from torture.verdict import judge, judge_called_off, judge_cloned
 
 Play = Callable[[Scenario], None]
 
@@ -32,12 +32,12 @@ class Victim:
     scenario: Callable[[str, Words], Scenario]
 
 
-def _detector(name: str, play: Play) -> Victim:
-    return Victim(name=name, scenario=lambda case, words: Scenario(case, play, judge, detector=words))
+def _detector(name: str, play: Play, verdict: Play = judge) -> Victim:
+    return Victim(name=name, scenario=lambda case, words: Scenario(case, play, verdict, detector=words))
 
 
-def _reactor(name: str, play: Play, *, run: int = 1) -> Victim:
-    return Victim(name=name, scenario=lambda case, words: Scenario(case, play, judge, reactor=words, reactor_run=run))
+def _reactor(name: str, play: Play, verdict: Play = judge, *, run: int = 1) -> Victim:
+    return Victim(name=name, scenario=lambda case, words: Scenario(case, play, verdict, reactor=words, reactor_run=run))
 
 
 VICTIMS = (
@@ -48,6 +48,11 @@ VICTIMS = (
     _reactor("reactor", plays.fork_during_a_reaction),
     _reactor("next reactor", plays.fork_during_a_reaction, run=2),
     _reactor("reactor of the early boot", plays.cold_fork),
+    _detector("detector around a snapshot", plays.prepare_and_resume, judge_called_off),
+    _detector("detector with a forgotten snapshot", plays.prepare_and_forget, judge_called_off),
+    _detector("detector of a template", plays.clone_of_a_template, judge_cloned),
+    _reactor("reactor before a snapshot", plays.prepare_and_resume, judge_called_off),
+    _reactor("reactor after a snapshot", plays.prepare_and_resume, judge_called_off, run=2),
 )
 
 

@@ -6,8 +6,16 @@ Every play ends with a detector that was told to stop, so that all files are wri
 
 from __future__ import annotations
 
-from torture.scenario import Scenario
+import subprocess
+import sys
+import time
+from subprocess import DEVNULL
+
+from support.runningdaemon import environment
+from torture.scenario import PATIENCE_SEC, Broken, Scenario
+from vmfork.errors import DaemonUnreachable
 from vmfork.model import Kind
+from vmfork.varlink.client import Client, RemoteError
 
 
 def fork_during_a_reaction(scenario: Scenario) -> None:
@@ -44,6 +52,71 @@ def start_after_the_early_boot(scenario: Scenario) -> None:
     scenario.finish()
     scenario.start(victim=True)
     _cold_fork_settles(scenario)
+
+
+def prepare_and_resume(scenario: Scenario) -> None:
+    """A template is prepared, and called off; then comes a fork, which is that of no template."""
+    _prepare(scenario)
+    _ask(scenario, "resume")
+    scenario.row.check(scenario.undone(), "the hooks of after-snapshot did not run")
+    _go_on_unprepared(scenario)
+
+
+def prepare_and_forget(scenario: Scenario) -> None:
+    """A template is prepared, and nobody comes back: the deadline undoes it."""
+    _prepare(scenario, "--deadline", "2")
+    scenario.until(scenario.undone, "the hooks of after-snapshot ran by themselves")
+    _go_on_unprepared(scenario)
+
+
+def clone_of_a_template(scenario: Scenario) -> None:
+    """A template is prepared and forks, and the clone forks once more."""
+    _prepare(scenario)
+    scenario.fork()
+    scenario.until(scenario.settled, "the fork of the template settled")
+    _go_on_unprepared(scenario)
+
+
+def _prepare(scenario: Scenario, *arguments: str) -> None:
+    scenario.go()
+    scenario.guest.put(f"{scenario.guest.paths.config_etc}/vmfork.conf", b"[React]\nAckTimeoutSec=200ms\n")
+    scenario.start(victim=True)
+    scenario.until(scenario.watches, "who watches came onto the page")
+    _ask(scenario, "prepare", "--template", *arguments)
+
+
+def _go_on_unprepared(scenario: Scenario) -> None:
+    scenario.until(lambda: not _prepared(scenario), "nothing is prepared any more")
+    scenario.fork()
+    scenario.until(scenario.settled, "the fork settled")
+    scenario.stop()
+
+
+def _ask(scenario: Scenario, *arguments: str) -> None:
+    """Run vmforkctl until it succeeds: the daemon may be killed while it waits for the answer."""
+    command = [sys.executable, "-m", "vmfork", "--root", str(scenario.guest.root), *arguments]
+    code, end = -1, time.monotonic() + PATIENCE_SEC
+    while code != 0:
+        if time.monotonic() > end:
+            raise Broken(f"vmforkctl {arguments[0]} goes on ending with exit status {code}")
+        with subprocess.Popen(command, env=environment(), stdout=DEVNULL, stderr=DEVNULL) as process:
+            try:
+                scenario.until(lambda: process.poll() is not None, f"vmforkctl {arguments[0]} ended")
+            finally:
+                process.kill()
+            code = process.wait()
+
+
+def _prepared(scenario: Scenario) -> bool:
+    """Whether the daemon still had something to undo; it has not when this returns."""
+    try:
+        with Client.connect(scenario.guest.paths.admin_socket, timeout=PATIENCE_SEC) as client:
+            client.call("io.vmfork.Resume")
+    except RemoteError as error:
+        return error.name != "io.vmfork.NotPrepared"
+    except DaemonUnreachable:
+        pass
+    return True
 
 
 def _first_fork(scenario: Scenario, *, victim: bool) -> None:

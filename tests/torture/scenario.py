@@ -32,6 +32,7 @@ PATIENCE_SEC = 60.0
 # Two hooks at once, in a guest whose hooks all have an order of their own, are two reactors at once.
 _HOOK = """exec 9>>"$VMFORK_ROOT/alone"
 flock -n 9 || echo "overlap $VMFORK_HOOK $VMFORK_FORK_TOKEN" >>"$VMFORK_ROOT/ran"
+[ "$1" = after-fork ] || { echo "$1 $VMFORK_HOOK" >>"$VMFORK_ROOT/snapshots"; exit; }
 echo "start $VMFORK_HOOK $VMFORK_FORK_TOKEN" >>"$VMFORK_ROOT/ran"
 [ "$VMFORK_HOOK" != 20-second ] || [ -e "$VMFORK_ROOT/go" ] || sleep 30
 echo "end $VMFORK_HOOK $VMFORK_FORK_TOKEN" >>"$VMFORK_ROOT/ran\""""
@@ -258,11 +259,16 @@ class Scenario:
         page = self.page()
         return page is not None and page.generation == 1 + len(self.forks) and page.state == STATE_SETTLED
 
-    def ran(self) -> str:
-        """The lines that the hooks left."""
+    def ran(self, file: str = "ran") -> str:
+        """The lines that the hooks left; those that ran for a snapshot left them in the file "snapshots"."""
         with contextlib.suppress(FileNotFoundError):
-            return (self.guest.root / "ran").read_text()
+            return (self.guest.root / file).read_text()
         return ""
+
+    def undone(self) -> bool:
+        """Whether every hook of after-snapshot has run since the last one of before-snapshot."""
+        last = self.ran("snapshots").rpartition("before-snapshot ")[2]
+        return all(f"after-snapshot {hook}\n" in last for hook in HOOKS)
 
     def last_words(self) -> str:
         """The end of the detectors' log."""

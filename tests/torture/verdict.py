@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from torture.scenario import HOOKS, Scenario
 from vmfork import history, state
 from vmfork.errors import VmforkError
-from vmfork.model import EventState, ForkEvent
+from vmfork.model import EventState, ForkEvent, IdentityPolicy
 from vmfork.page import DETECTION_NONE
 
 
@@ -33,6 +34,32 @@ def judge(scenario: Scenario) -> None:
         row.check(page is not None and page.token == newest.token, "the page has another token than the history")
         _judge_state(scenario, newest)
         _judge_hooks(scenario, found.events)
+
+
+def judge_called_off(scenario: Scenario) -> None:
+    """After a snapshot that was called off, moreover: all of it is undone, and this guest is no template."""
+    judge(scenario)
+    _judge_snapshot(scenario, [IdentityPolicy.KEEP])
+
+
+def judge_cloned(scenario: Scenario) -> None:
+    """After the fork of a template and one more, moreover: the first alone gave a new identity."""
+    judge(scenario)
+    _judge_snapshot(scenario, [IdentityPolicy.ROTATE, IdentityPolicy.KEEP])
+
+
+def _judge_snapshot(scenario: Scenario, policies: list[IdentityPolicy]) -> None:
+    row, paths = scenario.row, scenario.guest.paths
+    left = [path for path in (paths.template_mark, paths.template_mark_run) if os.path.lexists(path)]
+    row.check(left == [], f"marks of a template are left: {left}")
+    try:
+        events, remembered = history.load(paths).events, state.load_remembered(paths)
+    except VmforkError as error:
+        row.check(False, f"a file is broken: {error}")
+        return
+    row.check(remembered is not None and remembered.preparation is None, "the memory says that something is prepared")
+    found = [one.identity.policy for one in events]
+    row.check(found == policies, f"the identity policies of the forks were {found}")
 
 
 def _judge_history(scenario: Scenario, events: tuple[ForkEvent, ...]) -> None:
