@@ -2,12 +2,14 @@
 """The mark of a template where a disk refuses it: prepare fails and says so, nothing else stops, nobody is a template
 by mistake.
 
-What refuses here is a directory in the place of a mark: no file can be put there, and unlink does not remove it.
+What refuses here is a directory in the place of a mark: no file can be put there, and unlink does not remove it. In the
+last test the kernel itself refuses; every third case, `make torture` has them all.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ import pytest
 
 from support.fakeguest import FakeGuest
 from support.runningdaemon import RunningDaemon, eventually, write_hook
+from support.tools import need_ptrace
+from torture.markfaults import MarkFault, mark_cases
+from torture.table import Row
 
 
 def policy(event: dict[str, Any]) -> str:
@@ -81,3 +86,13 @@ def test_a_guest_whose_old_mark_was_used_up_may_become_a_template_again(guest: F
         assert daemon.ctl("prepare", "--template").returncode == 0
         guest.fork(os.urandom(16))
         assert policy(daemon.settled(3)) == "rotate"
+
+
+@pytest.mark.parametrize(
+    ("play", "fault"), mark_cases()[::3], ids=lambda value: getattr(value, "__name__", str(value)).replace(" ", "-")
+)
+def test_no_mark_stays_or_is_believed_in_while_the_detector_meets(
+    play: Callable[[MarkFault], Row], fault: MarkFault
+) -> None:
+    need_ptrace()
+    assert play(fault).violations == []

@@ -21,6 +21,7 @@ from torture.clocks import clock_rows
 from torture.crash import crash_matrix
 from torture.faults import fault_rows
 from torture.fuzz import fuzz_row
+from torture.markfaults import mark_rows
 from torture.storms import storms
 from torture.table import Row, render
 
@@ -61,6 +62,7 @@ def tests_row(name: str, files: tuple[str, ...]) -> Row:
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     yield from crash_matrix(every=options.every)
     yield from fault_rows(every=options.every)
+    yield from mark_rows(every=options.every)
     yield from storms(forks=10_000 // options.every, lines=1_000_000 // options.every, moments=100 // options.every)
     yield from clock_rows()
     yield from alarm_rows()
