@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from support.clockshift import HOUR_NS, YEAR_NS, ClockShift
+from support.runningdaemon import vmforkctl
 from torture.crash import WORKERS
 from torture.liveguest import HOOK, LiveGuest
 from torture.scenario import Broken
@@ -129,10 +130,32 @@ def with_a_deadline(leap: Leap) -> Row:
     return _play(f"{leap.name}, a deadline", play, hook=_WAITS)
 
 
+def undone_by_itself(leap: Leap) -> Row:
+    """The leap while a snapshot is prepared, and a restart in the strange time: undone at its time, and once."""
+
+    def play(live: LiveGuest, clocks: ClockShift) -> None:
+        began = time.monotonic()
+        run = vmforkctl(live.guest, "prepare", "--deadline", "2")
+        live.row.check(run.returncode == 0, f"prepare failed: {run.stderr}")
+        clocks.set(realtime=leap.realtime, monotonic=leap.monotonic, boottime=leap.boottime)
+        live.stop()
+        live.start()
+        live.until(lambda: "after-snapshot" in live.ran(), "the preparation was undone by itself")
+        took = time.monotonic() - began
+        # The subscribers' second to get ready comes first. By a steady clock that jumped it may well be too early.
+        live.row.check(leap.monotonic != 0 or took >= 3, f"its deadline of 3 s came after {took:.1f} s")
+        value = live.fork()
+        live.until(lambda: live.is_written(2, value), "the fork settled")
+        live.row.check(live.ran() == ["before-snapshot", "after-snapshot", "after-fork"], f"hooks ran as {live.ran()}")
+
+    return _play(f"{leap.name}, prepared for a snapshot", play, hook='echo "$1" >>"$VMFORK_ROOT/ran"')
+
+
 def clock_rows() -> Iterator[Row]:
     """One row of all leaps in all places."""
     row = Row(name="clocks that jump")
-    cases = [(play, leap) for play in (idle, during_a_hook, with_a_deadline) for leap in (*LEAPS, PAUSED)]
+    plays = (idle, during_a_hook, with_a_deadline, undone_by_itself)
+    cases = [(play, leap) for play in plays for leap in (*LEAPS, PAUSED)]
     with ThreadPoolExecutor(WORKERS) as pool:
         for result in pool.map(lambda case: case[0](case[1]), cases):
             row.add(result)
