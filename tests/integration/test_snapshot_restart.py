@@ -155,7 +155,8 @@ def test_resume_while_subscribers_are_waited_for_ends_prepare(guest: FakeGuest) 
         assert next(notices)["notice"] == "before-snapshot"
         with running(guest, "resume") as resume:
             assert resume.wait(PATIENCE_SEC) == 0
-        assert prepare.wait(PATIENCE_SEC) == 1
+        _, complaint = prepare.communicate(timeout=PATIENCE_SEC)
+        assert (prepare.returncode, complaint.startswith("vmforkctl: not prepared: ")) == (1, True)
         assert ran(guest) == UNDONE
 
 

@@ -10,6 +10,7 @@ import sys
 from vmfork.cli import EXIT_FAILED
 from vmfork.cli.output import GREEN, colour, print_json, print_table, remark, wants_json
 from vmfork.cli.reach import call, connect
+from vmfork.errors import VmforkError
 from vmfork.jsonfields import Fields, JsonObject
 from vmfork.model import EventState, ForkEvent
 from vmfork.paths import Paths
@@ -149,9 +150,14 @@ def prepare(options: argparse.Namespace) -> int:
     if options.dry_run:
         print("would tell the subscribers, wait for them, and run these hooks with before-snapshot, last first:")
         return _plan(options, "auto")
-    with connect(paths, admin=True, timeout=_PATIENCE_SEC) as client:
-        asked: JsonObject = {"template": options.template, "deadline_sec": options.deadline}
-        answer = Fields(client.call("io.vmfork.Prepare", asked), "answer to Prepare")
+    asked: JsonObject = {"template": options.template, "deadline_sec": options.deadline}
+    try:
+        with connect(paths, admin=True, timeout=_PATIENCE_SEC) as client:
+            answer = Fields(client.call("io.vmfork.Prepare", asked), "answer to Prepare")
+    except RemoteError as error:
+        if error.name != "io.vmfork.Superseded":
+            raise
+        raise VmforkError("not prepared: a fork, resume or the deadline came before everybody was ready") from error
     late = answer.objects("not_ready")
     hooks = [_hook(one) for one in answer.objects("hooks")]
     if wants_json(options):
