@@ -4,17 +4,24 @@
 from __future__ import annotations
 
 import os
+import select
+import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from support.crowd import connected, connected_as
 from support.fakeguest import FakeGuest
+from support.privilege import NOBODY
 from support.runningdaemon import RunningDaemon, eventually
+from support.tools import need_root
 from vmfork.history import KEPT, HistoryWriter
 from vmfork.model import EventState, ForkEvent, HookOutcome, HookResult, Identity, IdentityPolicy, Kind
 from vmfork.page import read_page
+from vmfork.varlink import framing
+from vmfork.varlink.address import Reachable
 from vmfork.varlink.client import Client
 
 ASKERS = 100
@@ -109,3 +116,90 @@ def test_a_crowd_that_asks_for_the_whole_history_delays_no_fork(guest: FakeGuest
         guest.fork(os.urandom(16))
         eventually(lambda: read_page(guest.paths.generation_page).generation > before)
         assert time.monotonic() - begin < IN_TIME_SEC
+
+
+# --- who asks and does not wait for the answer
+
+
+def forget_the_peak(pid: int) -> int:
+    """From here on the peak of the memory is counted anew (proc_pid_clear_refs(5)); what there is now, in KiB."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return resident_kib(pid)
+
+
+def peak_kib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
+
+
+def descriptors_of(daemon: RunningDaemon) -> int:
+    return len(os.listdir(f"/proc/{daemon.pid}/fd"))
+
+
+def test_calls_that_want_no_answer_do_not_make_the_daemon_grow(guest: FakeGuest, daemon: RunningDaemon) -> None:
+    flood = framing.encode_call("io.vmfork.ListForks", oneway=True) * 1000
+    question = framing.encode_call("org.varlink.service.GetInfo")
+    with daemon, ExitStack() as stack:
+        with Client.connect(guest.paths.public_socket) as client:
+            generations(client, 1)
+        before = forget_the_peak(daemon.pid)
+        clients = [stack.enter_context(connected(guest.paths.public_socket)) for _ in range(10)]
+        for _ in range(5):
+            for flooding in clients:
+                flooding.sendall(flood)
+        for flooding in clients:
+            flooding.sendall(question)
+            assert b'"product":"vmforkd"' in flooding.recv(4096)
+        assert peak_kib(daemon.pid) - before <= 8192
+
+
+def test_who_asks_and_hangs_up_leaves_nothing_behind(guest: FakeGuest, daemon: RunningDaemon) -> None:
+    question = framing.encode_call("io.vmfork.ListForks")
+    with daemon:
+        with Client.connect(guest.paths.public_socket) as client:
+            generations(client, 1)
+        before, quiet = forget_the_peak(daemon.pid), descriptors_of(daemon)
+        for _ in range(20_000):
+            # Without a time-out: connect() waits where the daemon has not accepted the ones before.
+            with socket.socket(socket.AF_UNIX) as leaving, Reachable(guest.paths.public_socket) as address:
+                leaving.connect(address)
+                leaving.sendall(question)
+        eventually(lambda: descriptors_of(daemon) <= quiet)
+        assert peak_kib(daemon.pid) - before <= 8192
+
+
+# --- whose turn it is
+
+
+def answered(clients: list[socket.socket]) -> int:
+    """How many of them have something to read."""
+    poll = select.poll()
+    for client in clients:
+        poll.register(client, select.POLLIN)
+    return len(poll.poll(0))
+
+
+def crowd_that_asks(guest: FakeGuest, stack: ExitStack) -> list[socket.socket]:
+    """Connected, and each has asked for the whole history."""
+    clients = [stack.enter_context(connected(guest.paths.public_socket)) for _ in range(ASKERS)]
+    for client in clients:
+        client.sendall(framing.encode_call("io.vmfork.ListForks"))
+    return clients
+
+
+def test_root_is_not_behind_the_crowd_on_the_public_socket(guest: FakeGuest, daemon: RunningDaemon) -> None:
+    with daemon, ExitStack() as stack:
+        clients = crowd_that_asks(guest, stack)
+        with Client.connect(guest.paths.admin_socket, timeout=60) as root:
+            assert len(generations(root, None)) == KEPT
+        assert answered(clients) < ASKERS // 2
+
+
+def test_a_user_is_not_behind_all_the_calls_of_another_one(guest: FakeGuest, daemon: RunningDaemon) -> None:
+    need_root()
+    with daemon, ExitStack() as stack:
+        clients = crowd_that_asks(guest, stack)
+        other = stack.enter_context(connected_as(NOBODY, guest.paths.public_socket))
+        with Client(other, "the public socket", timeout=60) as user:
+            assert len(generations(user, None)) == KEPT
+        assert answered(clients) < ASKERS // 2

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import select
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from support.privilege import acting_as
 from vmfork.varlink.address import Reachable
 
 PATIENCE_SEC = 20.0
@@ -27,6 +29,17 @@ def connected(path: str) -> socket.socket:
     with Reachable(path) as address:
         client.connect(address)
     return client
+
+
+def connected_as(uid: int, path: str) -> socket.socket:
+    """A client's end that the server knows as this user's, who need not be able to reach the socket's directory."""
+    directory, name = os.path.split(path)
+    reached = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        with acting_as(uid):
+            return connected(f"/proc/self/fd/{reached}/{name}")
+    finally:
+        os.close(reached)
 
 
 def call(method: str, *, more: bool = False, **parameters: object) -> bytes:

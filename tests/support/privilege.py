@@ -11,7 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_NOBODY = 65534
+NOBODY = 65534
 
 
 @contextmanager
@@ -20,7 +20,14 @@ def unprivileged() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    os.seteuid(_NOBODY)
+    with acting_as(NOBODY):
+        yield
+
+
+@contextmanager
+def acting_as(uid: int) -> Iterator[None]:
+    """Inside, this process, which has to be root's, is somebody else to files and to those that it connects to."""
+    os.seteuid(uid)
     try:
         yield
     finally:
@@ -34,8 +41,8 @@ def as_nobody(work: Callable[[], T]) -> T:
     if child == 0:
         try:
             os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
             outcome: object = {"result": work()}
         except BaseException as error:
             outcome = {"error": f"{type(error).__name__}: {error}"}

@@ -2,14 +2,15 @@
 """Answers ListForks, a few forks in each round of the loop.
 
 Everybody may ask for the whole history, as often as they like: a thousand forks take 0.1 s to read, and many askers at
-once must neither keep the loop from noticing a fork nor make the daemon grow. So one asker is served at a time, and of
-what was read only the encoded text is kept. A history that cannot be read is an empty one here: `vmforkctl list`
-reads it itself where there is no daemon, and says what is wrong.
+once must neither keep the loop from noticing a fork nor make the daemon grow. So one asker is served at a time, of what
+was read only the encoded text is kept, and who hangs up is forgotten: a connection has at most one call in progress, so
+no more can wait than are connected. Users are served in turn, whole answers each, however often one of them asks. A
+history that cannot be read is an empty one here: `vmforkctl list` reads it itself where there is no daemon, and says
+what is wrong.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 
 from vmfork import history
@@ -38,9 +39,7 @@ class _Answer:
         self.reply: ListReply | None = None
 
     def go_on(self) -> bool:
-        """Read some more; False when it is complete, or nobody waits for it any more."""
-        if self.call.connection.closed:
-            return False
+        """Read some more; False when it is complete."""
         reply = self.reply = self.reply or ListReply("forks", capacity=_MOST_BYTES)
         try:
             for _ in range(_IN_ONE_ROUND):
@@ -62,20 +61,48 @@ class ForkList:
         self._loop = loop
         self._paths = paths
         self._newest = newest
-        self._answers: deque[_Answer] = deque()
+        self._current: _Answer | None = None
+        # By user, whose turn is next first; of each user in the order of the calls.
+        self._waiting: dict[int, dict[Call, _Answer]] = {}
+        self._at_work = False
+
+    def __len__(self) -> int:
+        """How many calls are not answered yet."""
+        return (self._current is not None) + sum(map(len, self._waiting.values()))
 
     def answer(self, call: Call, *, with_ids: bool) -> None:
-        """Take up the call; it is answered after those that came before it."""
+        """Take up the call; it is answered after those of its user that came before it."""
         limit = call.parameters.integer_or_none("limit", maximum=history.KEPT)
-        self._answers.append(_Answer(call, self._shown(history.KEPT if limit is None else limit, with_ids=with_ids)))
-        if len(self._answers) == 1:
+        shown = self._shown(history.KEPT if limit is None else limit, with_ids=with_ids)
+        self._waiting.setdefault(call.peer.uid, {})[call] = _Answer(call, shown)
+        call.on_abandoned = lambda: self._forget(call)
+        if not self._at_work:
             self._go_on()
 
     def _go_on(self) -> None:
-        if not self._answers[0].go_on():
-            self._answers.popleft()
-        if self._answers:
+        answer = self._current = self._current or self._next()
+        if answer is not None and not answer.go_on():
+            self._current = None
+        self._at_work = len(self) > 0
+        if self._at_work:
             self._loop.after(0, self._go_on)
+
+    def _next(self) -> _Answer | None:
+        if not self._waiting:
+            return None
+        uid, calls = next(iter(self._waiting.items()))
+        answer = calls.pop(next(iter(calls)))
+        del self._waiting[uid]
+        if calls:
+            self._waiting[uid] = calls
+        return answer
+
+    def _forget(self, call: Call) -> None:
+        if self._current is not None and self._current.call is call:
+            self._current = None
+        calls = self._waiting.get(call.peer.uid, {})
+        if calls.pop(call, None) is not None and not calls:
+            del self._waiting[call.peer.uid]
 
     def _shown(self, limit: int, *, with_ids: bool) -> Iterator[JsonObject | None]:
         for event in self._forks():

@@ -23,6 +23,7 @@ from vmfork.varlink.server import Call, Handler, Product, Server
 _INTERFACE = "io.vmfork"
 _STREAMS = (f"{_INTERFACE}.Subscribe",)
 _BESIDE_STREAM = (f"{_INTERFACE}.Acknowledge",)
+_QUERIES = (f"{_INTERFACE}.GetStatus", f"{_INTERFACE}.ListForks")
 
 
 class Agent(Protocol):
@@ -48,7 +49,8 @@ class Service:
         self._agent = agent
         paths = agent.paths
         product = Product(version=__version__)
-        forks = ForkList(loop, paths, newest=lambda: agent.ledger.event)
+        # Two lists, which the loop serves in turn: whoever asks on the public socket, root is not behind them.
+        forks, forks_for_root = (ForkList(loop, paths, newest=lambda: agent.ledger.event) for _ in range(2))
         for_everybody: dict[str, Handler] = {
             "GetStatus": lambda call: self._get_status(call, with_ids=False),
             "Subscribe": agent.subscribe,
@@ -58,7 +60,7 @@ class Service:
         for_root: dict[str, Handler] = {
             **for_everybody,
             "GetStatus": lambda call: self._get_status(call, with_ids=self._may_see_ids(call)),
-            "ListForks": lambda call: forks.answer(call, with_ids=self._may_see_ids(call)),
+            "ListForks": lambda call: forks_for_root.answer(call, with_ids=self._may_see_ids(call)),
             "Trigger": self._trigger,
             "Reload": self._reload,
             "Prepare": agent.prepare,
@@ -77,6 +79,7 @@ class Service:
             product=product,
             needs_more=_STREAMS,
             beside_stream=_BESIDE_STREAM,
+            queries=_QUERIES,
             unserved=f"{_INTERFACE}.PermissionDenied",
         )
 

@@ -59,9 +59,9 @@ class Parameters(Fields):
 
 
 class Call:
-    """One call in progress on `connection`."""
+    """One call in progress on `connection`. `on_abandoned` is called if that ends before the call was answered."""
 
-    __slots__ = ("connection", "finished", "held", "method", "more", "oneway", "parameters", "values")
+    __slots__ = ("connection", "finished", "held", "method", "more", "on_abandoned", "oneway", "parameters", "values")
 
     def __init__(self, connection: Caller, message: JsonObject) -> None:
         """ProtocolError if the message is no call."""
@@ -86,6 +86,7 @@ class Call:
         self.parameters = Parameters(values, f"call of {self.method}")
         self.finished = False
         self.held: list[bytes | memoryview] = []
+        self.on_abandoned: Callable[[], None] | None = None
 
     @property
     def peer(self) -> Peer:

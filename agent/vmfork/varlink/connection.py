@@ -122,11 +122,14 @@ class Connection:
         self._owner.selector.unregister(self._socket)
         self._socket.close()
         self._owner.charge(self, -self._charged)
-        self._calls.clear()
+        calls, self._calls = self._calls, deque()
         self._output.clear()
         self._waiting = None
         self._decoder.clear()
         self._owner.forget(self)
+        for call in calls:
+            if not call.finished and call.on_abandoned is not None:
+                call.on_abandoned()
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()

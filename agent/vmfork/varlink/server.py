@@ -49,7 +49,10 @@ class Server:
 
     `needs_more`: methods that answer ExpectedMore to a call without `more`. `beside_stream`: methods that act at once
     although a call on the same connection is still in progress; their answers wait for its end, as varlink orders
-    answers. `unserved`: the error for methods of the interface that are not in `methods`, else MethodNotImplemented.
+    answers. `queries`: methods that do nothing but answer, so that a oneway call of one is not run: nobody waits for
+    what it would cost. `unserved`: the error for methods of the interface that are not in `methods`, else
+    MethodNotImplemented.
+
     Raises InputError if the socket cannot be made, also when something that is no socket stands at `path`.
     """
 
@@ -64,17 +67,19 @@ class Server:
         limits: Limits | None = None,
         needs_more: Collection[str] = (),
         beside_stream: Collection[str] = (),
+        queries: Collection[str] = (),
         unserved: str | None = None,
     ) -> None:
         self.selector = selector
         self.path = path
         self.limits = limits or Limits()
         self._product = product
-        self._methods = {
-            **methods,
+        own: dict[str, Handler] = {
             f"{interface.SERVICE}.GetInfo": self._get_info,
             f"{interface.SERVICE}.GetInterfaceDescription": self._get_description,
         }
+        self._methods = {**methods, **own}
+        self._queries = frozenset({*queries, *own})
         self._needs_more = frozenset(needs_more)
         self._beside_stream = frozenset(beside_stream)
         self._unserved = unserved
@@ -176,7 +181,8 @@ class Server:
         if call.method in self._needs_more and not call.more:
             call.error(f"{interface.SERVICE}.ExpectedMore")
             return
-        handler(call)
+        if not (call.oneway and call.method in self._queries):
+            handler(call)
 
     def _get_info(self, call: Call) -> None:
         product = self._product
