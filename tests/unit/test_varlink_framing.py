@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.tools import unavailable
 from vmfork.errors import InputError, ProtocolError
 from vmfork.jsonfields import JsonObject
 from vmfork.varlink import framing, interface
@@ -217,3 +221,14 @@ def test_a_full_list_takes_no_more_and_is_still_a_reply() -> None:
     decoder = make_decoder(4096)
     decoder.feed(bytes(reply.message()))
     assert decoder.take() == {"parameters": {"forks": [{"generation": n} for n in reversed(range(taken))]}}
+
+
+def test_a_list_takes_no_huge_pages() -> None:
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+        unavailable("the kernel has no transparent huge pages")
+    reply = ListReply("forks", capacity=1 << 26)
+    # Each mapping with its size in KiB and its flags: "nh" is MADV_NOHUGEPAGE (proc_pid_smaps(5)).
+    smaps = Path("/proc/self/smaps").read_text()
+    found = re.findall(r"^Size: +(\d+) kB$.*?^VmFlags: ([^\n]*)$", smaps, re.MULTILINE | re.DOTALL)
+    assert any(int(size) >= 1 << 16 and "nh" in flags.split() for size, flags in found)
+    reply.message()

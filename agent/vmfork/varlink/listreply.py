@@ -7,6 +7,7 @@ it was sent: a megabyte of small pieces would stay with the allocator for good.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 from vmfork.jsonfields import JsonObject
@@ -16,12 +17,17 @@ _END = b"]}}\0"
 
 
 class ListReply:
-    """The reply `{name: [items]}`; of `capacity` bytes only those that are written to take memory."""
+    """The reply `{name: [items]}`; of `capacity` bytes only those that are written to take memory. OSError where the
+    kernel gives none."""
 
     __slots__ = ("_beginning", "_memory", "_start")
 
     def __init__(self, name: str, *, capacity: int) -> None:
         self._memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Where transparent huge pages are "always", the first byte would take 2 MiB, of which the limits on what is
+        # buffered know nothing. A kernel that was built without them refuses the advice.
+        with contextlib.suppress(OSError):
+            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         self._beginning = b'{"parameters":{"%s":[' % name.encode("ascii")
         self._start = capacity
         self._write(_END)
