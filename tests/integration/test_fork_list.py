@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 import time
@@ -22,7 +23,7 @@ from vmfork.model import EventState, ForkEvent, HookOutcome, HookResult, Identit
 from vmfork.page import read_page
 from vmfork.varlink import framing
 from vmfork.varlink.address import Reachable
-from vmfork.varlink.client import Client
+from vmfork.varlink.client import Client, RemoteError
 
 ASKERS = 100
 # Each of the askers would have the daemon read for some 0.1 s, if it read the whole history at once.
@@ -116,6 +117,17 @@ def test_a_crowd_that_asks_for_the_whole_history_delays_no_fork(guest: FakeGuest
         guest.fork(os.urandom(16))
         eventually(lambda: read_page(guest.paths.generation_page).generation > before)
         assert time.monotonic() - begin < IN_TIME_SEC
+
+
+def test_missing_memory_for_the_list_is_said_to_who_asks(guest: FakeGuest, daemon: RunningDaemon) -> None:
+    with daemon, Client.connect(guest.paths.public_socket) as client:
+        generations(client, 1)
+        mapped = int(Path(f"/proc/{daemon.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.prlimit(daemon.pid, resource.RLIMIT_AS, (mapped + (4 << 20), resource.RLIM_INFINITY))
+        with pytest.raises(RemoteError, match="no memory for the list of forks"):
+            generations(client, 1)
+        resource.prlimit(daemon.pid, resource.RLIMIT_AS, before)
+        assert generations(client, 1) == [KEPT + 1]
 
 
 # --- who asks and does not wait for the answer

@@ -40,7 +40,12 @@ class _Answer:
 
     def go_on(self) -> bool:
         """Read some more; False when it is complete."""
-        reply = self.reply = self.reply or ListReply("forks", capacity=_MOST_BYTES)
+        try:
+            reply = self.reply = self.reply or ListReply("forks", capacity=_MOST_BYTES)
+        except OSError as error:
+            # Strict overcommit, or more mappings than one process may have.
+            self.call.error("io.vmfork.Failed", {"message": f"no memory for the list of forks: {error.strerror}"})
+            return False
         try:
             for _ in range(_IN_ONE_ROUND):
                 fork = next(self.forks)
