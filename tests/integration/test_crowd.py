@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import random
 import resource
-import select
 import socket
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.crowd import Crowd, call, connected, descriptors
+from support.crowd import Crowd, call, connected, descriptors, is_hung_up
 from support.fakeguest import FakeGuest
 from support.runningdaemon import PATIENCE_SEC, RunningDaemon, eventually, write_hook
 from support.tools import unavailable
@@ -96,13 +95,6 @@ def test_a_subscriber_that_never_reads_is_dropped_and_slows_nobody(guest: FakeGu
 
 def descriptors_of(daemon: RunningDaemon) -> int:
     return len(os.listdir(f"/proc/{daemon.pid}/fd"))
-
-
-def is_hung_up(client: socket.socket) -> bool:
-    """Whether the other side has closed, whatever is left to read."""
-    poll = select.poll()
-    poll.register(client, 0)
-    return any(mask & select.POLLHUP for _, mask in poll.poll(0))
 
 
 NUISANCES = {

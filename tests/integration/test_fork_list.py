@@ -22,7 +22,6 @@ from vmfork.history import KEPT, HistoryWriter
 from vmfork.model import EventState, ForkEvent, HookOutcome, HookResult, Identity, IdentityPolicy, Kind
 from vmfork.page import read_page
 from vmfork.varlink import framing
-from vmfork.varlink.address import Reachable
 from vmfork.varlink.client import Client, RemoteError
 
 ASKERS = 100
@@ -172,9 +171,7 @@ def test_who_asks_and_hangs_up_leaves_nothing_behind(guest: FakeGuest, daemon: R
             generations(client, 1)
         before, quiet = forget_the_peak(daemon.pid), descriptors_of(daemon)
         for _ in range(20_000):
-            # Without a time-out: connect() waits where the daemon has not accepted the ones before.
-            with socket.socket(socket.AF_UNIX) as leaving, Reachable(guest.paths.public_socket) as address:
-                leaving.connect(address)
+            with connected(guest.paths.public_socket) as leaving:
                 leaving.sendall(question)
         eventually(lambda: descriptors_of(daemon) <= quiet)
         assert peak_kib(daemon.pid) - before <= 8192

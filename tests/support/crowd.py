@@ -9,6 +9,7 @@ import re
 import resource
 import select
 import socket
+import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +26,19 @@ _NOTICE = re.compile(rb'"notice":"([a-z-]+)","generation":(\d+)')
 def connected(path: str) -> socket.socket:
     """A client's end of the socket at `path`, which may be deep below a root."""
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    client.settimeout(PATIENCE_SEC)
+    # A time-out of Python's own would make connect() fail where the server has not accepted those before it.
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE_SEC), 0))
     with Reachable(path) as address:
         client.connect(address)
+    client.settimeout(PATIENCE_SEC)
     return client
+
+
+def is_hung_up(client: socket.socket) -> bool:
+    """Whether the other side has closed, whatever is left to read."""
+    poll = select.poll()
+    poll.register(client, 0)
+    return any(mask & select.POLLHUP for _, mask in poll.poll(0))
 
 
 def connected_as(uid: int, path: str) -> socket.socket:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import os
 import selectors
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from support.crowd import connected, connected_as
 from vmfork.jsonfields import JsonObject
 from vmfork.varlink import framing
 from vmfork.varlink.call import Call
-from vmfork.varlink.connection import Limits
 from vmfork.varlink.server import Product, Server
+from vmfork.varlink.shares import Limits
 
 DEADLINE = 20.0
 
@@ -178,12 +178,11 @@ class Loop:
 
 
 class RawClient:
-    """A client that says exactly what it is told to, broken or not. Never blocks."""
+    """A client that says exactly what it is told to, broken or not. Never blocks. With a `uid` it is that user's."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, *, uid: int | None = None) -> None:
         self._loop = loop
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.connect(loop.path)
+        self.socket = connected(loop.path) if uid is None else connected_as(uid, loop.path)
         self.socket.settimeout(0)
         self.decoder = framing.Decoder(limit=framing.REPLY_LIMIT, place="server")
         self.hung_up = False

@@ -22,7 +22,7 @@ from support.varlinkservice import STATUS, Loop
 from vmfork.errors import DaemonUnreachable, ProtocolError
 from vmfork.varlink import framing
 from vmfork.varlink.client import Client, Overdue, RemoteError
-from vmfork.varlink.connection import Limits
+from vmfork.varlink.shares import Limits
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_name_too_long_for_any_address_is_unreachable(tmp_path: Path) -> None:
 
 
 def test_refused_client_learns_why(tmp_path: Path) -> None:
-    loop = Loop(str(tmp_path / "s"), limits=Limits(connections=0))
+    loop = Loop(str(tmp_path / "s"), limits=Limits(connections_per_uid=0, connections_of_root=0))
     with loop.running(), Client.connect(loop.path) as client:
         deadline = time.monotonic() + 20
         assert select.select([client], [], [], max(0, deadline - time.monotonic()))[0]

@@ -12,35 +12,17 @@ import selectors
 import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vmfork.errors import ProtocolError
 from vmfork.varlink.call import Call, Peer
-from vmfork.varlink.framing import CALL_LIMIT, Decoder
+from vmfork.varlink.framing import Decoder
+from vmfork.varlink.shares import Limits
 
 log = logging.getLogger(__name__)
 
 _READ_SIZE = 16 * 1024
 _SEND_BUFFER = 32 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What clients may use. Sizes in bytes; `buffered` counts what is queued in both directions.
-
-    Root has a bound as well, below the total: the root of a container must not lock everybody else out.
-    """
-
-    connections: int = 4096
-    connections_per_uid: int = 1200
-    connections_of_root: int = 2400
-    message: int = CALL_LIMIT
-    queue: int = 128 * 1024
-    buffered: int = 64 * 1024 * 1024
-    buffered_per_uid: int = 16 * 1024 * 1024
-    calls_per_turn: int = 8
-    accepts_per_turn: int = 64
 
 
 class Selector(Protocol):
@@ -76,7 +58,6 @@ class Connection:
 
     __slots__ = (
         "_calls",
-        "_charged",
         "_decoder",
         "_interest",
         "_output",
@@ -84,6 +65,7 @@ class Connection:
         "_queued",
         "_socket",
         "_waiting",
+        "charged",
         "closed",
         "on_close",
         "peer",
@@ -95,6 +77,7 @@ class Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         self.peer = peer
         self.closed = False
+        self.charged = 0
         self.on_close: Callable[[], None] | None = None
         self._owner = owner
         self._socket = sock
@@ -103,7 +86,6 @@ class Connection:
         self._waiting: Call | None = None
         self._output: deque[memoryview] = deque()
         self._queued = 0
-        self._charged = 0
         self._interest = selectors.EVENT_READ
         owner.selector.register(sock, self._interest, self._ready)
 
@@ -121,7 +103,6 @@ class Connection:
         log.debug("varlink peer %d (uid %d): %s", self.peer.pid, self.peer.uid, reason)
         self._owner.selector.unregister(self._socket)
         self._socket.close()
-        self._owner.charge(self, -self._charged)
         calls, self._calls = self._calls, deque()
         self._output.clear()
         self._waiting = None
@@ -242,10 +223,9 @@ class Connection:
         if self.closed:
             return
         used = self._queued + len(self._decoder)
-        if used != self._charged:
-            amount, self._charged = used - self._charged, used
+        if used != self.charged:
+            amount, self.charged = used - self.charged, used
             if not self._owner.charge(self, amount):
-                self.close("its user has too much waiting")
                 return
         runnable = self._decoder.has_message if self._waiting is None else not self._calls
         # Calls that are already read run at the next turn of the loop, after everybody else's: a writable socket

@@ -14,15 +14,15 @@ import os
 import selectors
 import socket
 import struct
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from vmfork.errors import InputError, VmforkError
 from vmfork.varlink import framing, interface
 from vmfork.varlink.call import Call, Caller, InvalidParameter, Peer
-from vmfork.varlink.connection import Connection, Limits, Selector
+from vmfork.varlink.connection import Connection, Selector
 from vmfork.varlink.listen import identity, listen
+from vmfork.varlink.shares import Limits, Shares
 
 __all__ = ["Call", "Caller", "Handler", "Limits", "Peer", "Product", "Server"]
 
@@ -83,10 +83,7 @@ class Server:
         self._needs_more = frozenset(needs_more)
         self._beside_stream = frozenset(beside_stream)
         self._unserved = unserved
-        self._connections: set[Connection] = set()
-        self._per_uid: Counter[int] = Counter()
-        self._buffered_per_uid: Counter[int] = Counter()
-        self._buffered = 0
+        self._shares = Shares(self.limits)
         self._closed = False
         self._accepting = True
         self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -100,14 +97,19 @@ class Server:
     @property
     def connections(self) -> int:
         """How many clients are connected."""
-        return len(self._connections)
+        return self._shares.connections
+
+    @property
+    def buffered(self) -> int:
+        """How many bytes are held for all of them."""
+        return self._shares.buffered
 
     def close(self) -> None:
         """Drop all clients and stop listening; the socket file goes if it is still this server's own."""
         if self._closed:
             return
         self._closed = True
-        for connection in list(self._connections):
+        for connection in self._shares.clients():
             connection.close("the server stops")
         if self._accepting:
             self.selector.unregister(self._listener)
@@ -127,22 +129,10 @@ class Server:
         return method in self._beside_stream
 
     def charge(self, connection: Connection, amount: int) -> bool:
-        """Count bytes that are buffered for a client; False if that is more than its user or all may have."""
-        uid = connection.peer.uid
-        self._buffered += amount
-        self._buffered_per_uid[uid] += amount
-        if not self._buffered_per_uid[uid]:
-            del self._buffered_per_uid[uid]
-        return amount <= 0 or (
-            self._buffered <= self.limits.buffered and self._buffered_per_uid[uid] <= self.limits.buffered_per_uid
-        )
+        return self._shares.charge(connection, amount)
 
     def forget(self, connection: Connection) -> None:
-        uid = connection.peer.uid
-        self._connections.discard(connection)
-        self._per_uid[uid] -= 1
-        if not self._per_uid[uid]:
-            del self._per_uid[uid]
+        self._shares.remove(connection)
         if not self._accepting and not self._closed:
             self._accepting = True
             self.selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -222,12 +212,10 @@ class Server:
 
     def _admit(self, sock: socket.socket) -> None:
         pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        bound = self.limits.connections_per_uid if uid else self.limits.connections_of_root
-        if len(self._connections) >= self.limits.connections or self._per_uid[uid] >= bound:
+        if not self._shares.admits(uid):
             _refuse(sock)
             return
-        self._per_uid[uid] += 1
-        self._connections.add(Connection(sock, Peer(uid=uid, pid=pid), self))
+        self._shares.add(Connection(sock, Peer(uid=uid, pid=pid), self))
 
     def _refuse_one(self, error: OSError) -> None:
         """No descriptor is left for the client at the head of the queue: take it off with the reserve, so that the
@@ -245,7 +233,7 @@ class Server:
             self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             # Somebody else in this system took the last one. With no connection of our own to wait for, keep trying.
-            if self._connections:
+            if self.connections:
                 self._accepting = False
                 self.selector.unregister(self._listener)
 
