@@ -124,11 +124,18 @@ class Service:
 class Loop:
     """A server with `Service` at `path`, and the loop that drives it."""
 
-    def __init__(self, path: str, *, limits: Limits | None = None, mode: int = 0o666) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        limits: Limits | None = None,
+        mode: int = 0o666,
+        selector: selectors.BaseSelector | None = None,
+    ) -> None:
         self.path = path
         self.service = Service()
         self.turns = 0
-        self._selector = selectors.DefaultSelector()
+        self._selector = selector or selectors.DefaultSelector()
         self.server = Server(
             self._selector,
             path,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import selectors
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -557,6 +559,61 @@ def test_exhausted_descriptors_neither_spin_nor_stop_the_server(loop: Loop, conn
     late = connect(loop)
     late.call("io.vmfork.GetStatus")
     assert "error" not in late.answer()
+
+
+class FullSelector(selectors.EpollSelector):
+    """Refuses to watch anything more while `full`, as epoll does beyond fs.epoll.max_user_watches."""
+
+    full = False
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().register(fileobj, events, data)
+
+
+def test_a_client_that_cannot_be_watched_is_dropped_and_nobody_else(tmp_path: Path) -> None:
+    selector = FullSelector()
+    loop = Loop(str(tmp_path / "s"), selector=selector)
+    good = RawClient(loop)
+    good.call("io.vmfork.GetStatus")
+    good.answer()
+    selector.full = True
+    unlucky = RawClient(loop)
+    loop.until(unlucky.is_dropped, "the hang-up")
+    assert loop.server.connections == 1
+    selector.full = False
+    for client in (good, RawClient(loop)):
+        client.call("io.vmfork.GetStatus")
+        assert "error" not in client.answer()
+        client.close()
+    loop.close()
+
+
+def test_a_listener_that_cannot_be_watched_again_waits_for_another_end(tmp_path: Path) -> None:
+    selector = FullSelector()
+    loop = Loop(str(tmp_path / "s"), selector=selector)
+    early = [RawClient(loop) for _ in range(2)]
+    loop.until(lambda: loop.server.connections == 2, "the connections")
+    late = RawClient(loop)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        # Nothing is left, not even the descriptor in reserve: it accepts nobody until a connection ends.
+        loop.turn()
+        assert loop.turn(0) == 0
+        selector.full = True
+        early[0].close()
+        loop.until(lambda: loop.server.connections == 1, "the first end")
+        selector.full = False
+        early[1].close()
+        loop.until(lambda: loop.server.connections == 0, "the second end")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    late.call("io.vmfork.GetStatus")
+    assert "error" not in late.answer()
+    late.close()
+    loop.close()
 
 
 def test_a_thousand_subscribers_are_told_in_time(make_loop: MakeLoop, connect: Connect) -> None:

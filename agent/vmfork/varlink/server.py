@@ -134,8 +134,7 @@ class Server:
     def forget(self, connection: Connection) -> None:
         self._shares.remove(connection)
         if not self._accepting and not self._closed:
-            self._accepting = True
-            self.selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            self._accept_again()
 
     def dispatch(self, call: Call) -> None:
         """Run one call. What a handler raises as VmforkError becomes the caller's error."""
@@ -195,6 +194,16 @@ class Server:
 
     # Accepting.
 
+    def _accept_again(self) -> None:
+        try:
+            self.selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        except OSError as error:
+            if not self.connections:
+                raise
+            log.warning("%s: no client is accepted until another one ends: %s", self.path, error.strerror)
+            return
+        self._accepting = True
+
     def _accept(self, _mask: int) -> None:
         for _ in range(self.limits.accepts_per_turn):
             try:
@@ -215,7 +224,14 @@ class Server:
         if not self._shares.admits(uid):
             _refuse(sock)
             return
-        self._shares.add(Connection(sock, Peer(uid=uid, pid=pid), self))
+        try:
+            connection = Connection(sock, Peer(uid=uid, pid=pid), self)
+        except OSError as error:
+            # The kernel has no memory, or no more watches for our user (fs.epoll.max_user_watches).
+            log.warning("%s: a client is dropped, it cannot be watched: %s", self.path, error.strerror)
+            sock.close()
+            return
+        self._shares.add(connection)
 
     def _refuse_one(self, error: OSError) -> None:
         """No descriptor is left for the client at the head of the queue: take it off with the reserve, so that the
