@@ -238,23 +238,7 @@ def memory_file(data: bytes) -> None:
     if event is not None:
         json.dumps(event.to_json())
     token = b"x" * 16
-    moment = 1_800_000_000_000_000_000
-    fresh = ForkEvent.from_json(
-        Fields(
-            {
-                "generation": max(generation, ledger.remembered.generation) + 1,
-                "token": token.hex(),
-                "kind": "live",
-                "edges": [],
-                "detected_at": "2027-01-15T08:00:00.000000Z",
-                "boottime_ns": moment,
-                "identity": {"policy": "keep", "reason": "-"},
-                "state": "reacting",
-                "hooks": [],
-            },
-            PLACE,
-        )
-    )
+    fresh = _fork(max(generation, ledger.remembered.generation) + 1, token, state="reacting")
     memory = Memory(truths=ledger.remembered.truths, credits=ledger.remembered.credits)
     ledger.publish(fresh, memory, kmsg_sequence=None)
     ledger.remember(memory, kmsg_sequence=None, interrupts=ledger.remembered.interrupts, event=fresh)
@@ -266,6 +250,25 @@ def memory_file(data: bytes) -> None:
     assert again.event is not None
     assert (again.event.token, again.generation) == (token, fresh.generation)
     again.close()
+
+
+def _fork(generation: int, token: bytes, *, state: str) -> ForkEvent:
+    return ForkEvent.from_json(
+        Fields(
+            {
+                "generation": generation,
+                "token": token.hex(),
+                "kind": "live",
+                "edges": [],
+                "detected_at": "2027-01-15T08:00:00.000000Z",
+                "boottime_ns": 1_800_000_000_000_000_000,
+                "identity": {"policy": "keep", "reason": "-"},
+                "state": state,
+                "hooks": [],
+            },
+            PLACE,
+        )
+    )
 
 
 def history_file(data: bytes) -> None:
@@ -318,6 +321,9 @@ def varlink_frames(data: bytes) -> None:
     assert messages(iter([data])) == messages(data[at : at + step] for at in range(0, len(data), step))
 
 
+_MOST_SENT = 32768
+
+
 class _Peer:
     """The daemon's public socket, without the daemon's loop running."""
 
@@ -326,10 +332,24 @@ class _Peer:
         self.agent = Vmforkd(paths)
         self.service = Service(self.agent.loop, self.agent, public=True)
         self.path = paths.public_socket
+        # So many that a list of all stays unanswered for more rounds than its client stays connected.
+        writer = history.HistoryWriter(paths)
+        for generation in range(2, 202):
+            writer.append(_fork(generation, generation.to_bytes(16, "big"), state="settled"))
 
     def turn(self, times: int) -> None:
         for _ in range(times):
             self.agent.loop.turn(0)
+
+    def settle(self) -> None:
+        """With all clients gone nothing is left of them: no connection, no byte, no answer to nobody."""
+        server, forks = self.service._public, self.service._forks
+        assert server is not None
+        for _ in range(_MOST_SENT):
+            if not server.connections:
+                break
+            self.turn(1)
+        assert (server.connections, server.buffered, forks.unanswered) == (0, 0, 0)
 
 
 _peers: list[_Peer] = []
@@ -344,12 +364,12 @@ def varlink_server(data: bytes) -> None:
         for client in (hostile, polite):
             client.connect(peer.path)
             client.settimeout(5)
-        hostile.send(data[:32768])
+        hostile.send(data[:_MOST_SENT])
         hostile.shutdown(socket.SHUT_WR)
         polite.send(framing.encode_call("org.varlink.service.GetInfo"))
         peer.turn(4)
         assert b"vmfork" in polite.recv(65536)
-    peer.turn(3)
+    peer.settle()
 
 
 def varlink_client(data: bytes) -> None:

@@ -71,7 +71,8 @@ class ForkList:
         self._waiting: dict[int, dict[Call, _Answer]] = {}
         self._at_work = False
 
-    def __len__(self) -> int:
+    @property
+    def unanswered(self) -> int:
         """How many calls are not answered yet."""
         return (self._current is not None) + sum(map(len, self._waiting.values()))
 
@@ -88,7 +89,7 @@ class ForkList:
         answer = self._current = self._current or self._next()
         if answer is not None and not answer.go_on():
             self._current = None
-        self._at_work = len(self) > 0
+        self._at_work = self._current is not None or bool(self._waiting)
         if self._at_work:
             self._loop.after(0, self._go_on)
 

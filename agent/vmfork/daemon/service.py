@@ -51,6 +51,7 @@ class Service:
         product = Product(version=__version__)
         # Two lists, which the loop serves in turn: whoever asks on the public socket, root is not behind them.
         forks, forks_for_root = (ForkList(loop, paths, newest=lambda: agent.ledger.event) for _ in range(2))
+        self._forks = forks
         for_everybody: dict[str, Handler] = {
             "GetStatus": lambda call: self._get_status(call, with_ids=False),
             "Subscribe": agent.subscribe,
