@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -263,13 +264,13 @@ from vmfork.edges.uevent import Uevent
 
 edge = Uevent()
 body = b"change@/devices/x\\0ACTION=change\\0DEVPATH=/devices/x\\0SUBSYSTEM=x\\0NEW_VMGENID=1\\0SEQNUM=9\\0"
-inject = '''
+ask_the_kernel = '''
 import socket, struct
 body = %r
 with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15) as sender:
     sender.bind((0, 0))
     sender.sendto(struct.pack("=IHHII", 16 + len(body), 16, 5, 0, 0) + body, (0, 0))
-    assert struct.unpack_from("=i", sender.recv(4096), 16) == (0,)
+    print(struct.unpack_from("=i", sender.recv(4096), 16)[0])
 ''' % body
 
 def heard():
@@ -278,31 +279,56 @@ def heard():
         words += edge.drain().words
     return words
 
+def asked(*command):
+    run = subprocess.run([*command, sys.executable, "-c", ask_the_kernel], capture_output=True, check=True)
+    return int(run.stdout), heard()
+
+"""
+
+# What is heard of two that a process sends by itself, one to all listeners and one to the edge; and of one that the
+# kernel sends in another network namespace.
+_FORGED = (
+    _UEVENTS
+    + """
 with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15) as sender:
     sender.bind((0, 0))
     sender.sendto(body, (0, 1))
     sender.sendto(body, (os.getpid(), 0))
-forged = heard()
-subprocess.run(["unshare", "--net", sys.executable, "-c", inject], check=True)
-foreign = heard()
-subprocess.run([sys.executable, "-c", inject], check=True)
-print(forged, foreign, heard())
+print(heard(), *asked("unshare", "--net"))
 """
+)
+_ASKED = (
+    _UEVENTS
+    + """
+print(*asked(), *asked("setpriv", "--bounding-set=-sys_admin"))
+"""
+)
 
 
-def test_uevents_of_processes_and_of_other_network_namespaces_are_not_heard() -> None:
+def uevents(program: str) -> list[int]:
+    """The numbers that the program prints, in a network namespace of its own."""
     need_root()
     need("unshare", package="util-linux")
     run = subprocess.run(
-        ["unshare", "--net", sys.executable, "-c", _UEVENTS],
+        ["unshare", "--net", sys.executable, "-c", program],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    # The third one is the kernel's own in this namespace: it shows that the edge listens.
-    assert (run.stdout.split(), run.stderr) == (["0", "0", "1"], "")
+    assert run.returncode == 0, run.stderr
+    return [int(word) for word in run.stdout.split()]
+
+
+def test_uevents_of_processes_and_of_other_network_namespaces_are_not_heard() -> None:
+    assert uevents(_FORGED) == [0, 0, 0]
+
+
+def test_the_kernel_sends_a_uevent_for_a_process_with_cap_sys_admin_only() -> None:
+    need("setpriv", package="util-linux")
+    # Its answer to who asks, and how many were heard.
+    assert uevents(_ASKED) == [0, 1, -errno.EPERM, 0]
 
 
 def test_a_crowd_of_an_unprivileged_user_neither_hides_a_fork_nor_locks_root_out(live: LiveGuest) -> None:

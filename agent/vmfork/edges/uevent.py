@@ -41,7 +41,11 @@ def announces_source(properties: Mapping[str, str]) -> bool:
 
 
 class Uevent:
-    """A netlink monitor on the kernel's own group: no udevd is needed, and no rule can filter or forge it."""
+    """A netlink monitor on the kernel's own group: no udevd is needed, and no rule can filter or forge it.
+
+    The kernel itself also sends what a process with CAP_SYS_ADMIN over this network namespace asks it to (commit
+    692ec06d7c92), and nothing tells that from its own.
+    """
 
     name = "uevent"
 
