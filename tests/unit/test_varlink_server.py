@@ -487,6 +487,34 @@ def test_endless_acknowledgements_with_answers_are_bounded(make_loop: MakeLoop, 
     assert len(loop.service.acknowledged) < 100
 
 
+def test_answers_that_wait_behind_a_stream_take_no_more_memory_than_is_counted(loop: Loop, connect: Connect) -> None:
+    acknowledgements = framing.encode_call("io.vmfork.Acknowledge", {"generation": 7}) * 100
+    clients = [connect(loop) for _ in range(10)]
+    for client in clients:
+        subscribe(client)
+    before = resident_bytes()
+    for _ in range(50):
+        for client in clients:
+            client.send(acknowledgements)
+    loop.until(lambda: len(loop.service.acknowledged) == 50_000, "the acknowledgements")
+    assert loop.server.connections == 10
+    assert resident_bytes() - before < loop.server.buffered + 8 * 2**20
+
+
+def test_an_answer_counts_until_its_end_is_sent(loop: Loop, client: RawClient) -> None:
+    client.call("io.vmfork.ListForks", {"limit": 1000})
+    loop.until(lambda: loop.server.buffered, "the answer")
+    size, received = loop.server.buffered, 0
+    assert size > 1_000_000
+    while received < size:
+        loop.turn(0)
+        with contextlib.suppress(BlockingIOError):
+            received += len(client.socket.recv(4096))
+        # What the sockets of both sides hold has been sent.
+        assert loop.server.buffered == size or received > size - 500_000
+    loop.until(lambda: loop.server.buffered == 0, "the end")
+
+
 def test_flood_of_calls_leaves_turns_for_others(loop: Loop, connect: Connect) -> None:
     flooding, other = connect(loop), connect(loop)
     loop.until(lambda: loop.server.connections == 2, "the connections")

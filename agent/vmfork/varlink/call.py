@@ -85,7 +85,7 @@ class Call:
         self.values = values
         self.parameters = Parameters(values, f"call of {self.method}")
         self.finished = False
-        self.held: list[bytes | memoryview] = []
+        self.held = bytearray()
         self.on_abandoned: Callable[[], None] | None = None
 
     @property
