@@ -501,6 +501,24 @@ def test_answers_that_wait_behind_a_stream_take_no_more_memory_than_is_counted(l
     assert resident_bytes() - before < loop.server.buffered + 8 * 2**20
 
 
+def test_a_call_that_waits_behind_a_stream_takes_no_more_memory_than_is_counted(loop: Loop, connect: Connect) -> None:
+    # Each of the empty objects takes twenty times as much as its text.
+    call = framing.encode_call("io.vmfork.GetStatus", {"x": [{} for _ in range(20_000)]})
+    clients = [connect(loop) for _ in range(30)]
+    for client in clients:
+        subscribe(client)
+    before = resident_bytes()
+    for client in clients:
+        client.send(call)
+    loop.until(lambda: loop.server.buffered == 30 * len(call), "the calls")
+    for _ in range(3):
+        loop.turn(0)
+    assert resident_bytes() - before < loop.server.buffered + 8 * 2**20
+    loop.service.subscribers[0].reply({"notice": "end"})
+    assert clients[0].answer() == {"parameters": {"notice": "end"}}
+    assert clients[0].answer() == {"error": f"{SERVICE}.InvalidParameter", "parameters": {"parameter": "x"}}
+
+
 def test_an_answer_counts_until_its_end_is_sent(loop: Loop, client: RawClient) -> None:
     client.call("io.vmfork.ListForks", {"limit": 1000})
     loop.until(lambda: loop.server.buffered, "the answer")

@@ -65,7 +65,7 @@ class Connection:
         "_queued",
         "_sent",
         "_socket",
-        "_waiting",
+        "_waits",
         "charged",
         "closed",
         "on_close",
@@ -84,7 +84,7 @@ class Connection:
         self._socket = sock
         self._decoder = Decoder(limit=owner.limits.message, place=f"varlink peer {peer.pid}")
         self._calls: deque[Call] = deque()
-        self._waiting: Call | None = None
+        self._waits = False  # what is first in _decoder, for the end of _calls
         self._output: deque[memoryview] = deque()
         self._sent = 0  # of the first in _output
         self._queued = 0
@@ -107,7 +107,6 @@ class Connection:
         self._socket.close()
         calls, self._calls = self._calls, deque()
         self._output.clear()
-        self._waiting = None
         self._decoder.clear()
         self._owner.forget(self)
         for call in calls:
@@ -172,27 +171,25 @@ class Connection:
             self.close("has gone")
             return
         self._decoder.feed(data)
-        if self._waiting is not None and len(self._decoder) > self._owner.limits.message:
+        if self._waits and len(self._decoder) > 2 * self._owner.limits.message:
             raise ProtocolError(self._decoder.place, "made too many calls without waiting for an answer")
 
     def _run_calls(self) -> None:
         for _ in range(self._owner.limits.calls_per_turn):
             # A client that does not read its answers gets no new ones.
-            if self.closed or self._output:
+            if self.closed or self._output or (self._waits and self._calls):
                 return
-            call, self._waiting = self._waiting or self._parse(), None
-            if call is None:
+            message = self._decoder.peek()
+            if message is None:
                 return
-            if self._calls and not self._owner.runs_beside_stream(call.method):
-                self._waiting = call
+            call = Call(self, message)
+            self._waits = bool(self._calls) and not self._owner.runs_beside_stream(call.method)
+            if self._waits:
                 return
+            self._decoder.skip()
             if not call.oneway:
                 self._calls.append(call)
             self._owner.dispatch(call)
-
-    def _parse(self) -> Call | None:
-        message = self._decoder.take()
-        return None if message is None else Call(self, message)
 
     def _send(self, message: bytes | bytearray | memoryview) -> None:
         if self.closed:
@@ -240,7 +237,7 @@ class Connection:
             amount, self.charged = used - self.charged, used
             if not self._owner.charge(self, amount):
                 return
-        runnable = self._decoder.has_message if self._waiting is None else not self._calls
+        runnable = not self._calls if self._waits else self._decoder.has_message
         # Calls that are already read run at the next turn of the loop, after everybody else's: a writable socket
         # reports at once. A client with output waiting is not read from; so the end of its input is only ever seen
         # when all of its calls have run and their answers are on their way.
