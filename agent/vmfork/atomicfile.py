@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replace a small file so that a reader, and a guest that loses power, sees the old content or the new, never less."""
+"""Replace a small file so that a reader, and a guest that loses power, sees the old content or the new, never less.
+
+And read one, with the patience that a kernel deserves which is short of memory or descriptors for a moment.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
-from vmfork.errors import InputError
+from vmfork.errors import InputError, UnreadableError
+
+T = TypeVar("T")
+
+# What is said once and not again: memory or descriptors ran out, a disk or a path to it stumbled.
+_PASSING = frozenset({errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT})
+_PAUSES_SEC = (0.01, 0.03, 0.1, 0.2)
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -69,3 +82,30 @@ def read_bounded(path: str, limit: int) -> bytes:
     if len(data) > limit:
         raise InputError(path, f"is larger than {limit} bytes")
     return data
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns. While it fails by what may pass it is tried again, for a third of a second; then OSError."""
+    for pause in _PAUSES_SEC:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+        time.sleep(pause)
+    return read()
+
+
+def read_patiently(path: str, limit: int) -> bytes | None:
+    """Like `read_bounded`, tried again for what may pass; None where there is no such file.
+
+    UnreadableError if the kernel goes on refusing, a plain InputError for what cannot be a file of ours.
+    """
+    try:
+        return patiently(lambda: read_bounded(path, limit))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except IsADirectoryError as error:
+        raise InputError(path, "is a directory") from error
+    except OSError as error:
+        raise UnreadableError(path, f"cannot be read: {error.strerror}") from error

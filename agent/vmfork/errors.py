@@ -33,6 +33,10 @@ class InputError(VmforkError):
         self.problem = problem
 
 
+class UnreadableError(InputError):
+    """A file is there and the kernel refuses to read it: nothing is known of what it holds, so it is not broken."""
+
+
 class AbsentError(VmforkError):
     """Something that could be there is not, or cannot be read this time; the message says why.
 

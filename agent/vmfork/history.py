@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmfork import atomicfile
-from vmfork.errors import InputError
+from vmfork.errors import InputError, UnreadableError
 from vmfork.jsonfields import parse_object
 from vmfork.model import ForkEvent
 from vmfork.paths import Paths
@@ -39,7 +39,7 @@ def newest_first(paths: Paths) -> Iterator[ForkEvent | None]:
     """The forks, the newest first, read from the end of the file as they are asked for; None for an unreadable line.
 
     A fork that stands there twice (its reaction was repeated) comes once, in its last form. Raises InputError where
-    the file cannot be read; no file is an empty history.
+    the file cannot be read, its UnreadableError where the kernel refuses; no file is an empty history.
     """
     seen: set[bytes] = set()
     for line in _lines_from_the_end(paths.history):
@@ -74,7 +74,7 @@ def _lines_from_the_end(path: str) -> Iterator[bytes]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise InputError(path, f"cannot be read: {error.strerror}", hint="run as root") from error
+        raise UnreadableError(path, f"cannot be read: {error.strerror}", hint="run as root") from error
     try:
         position, rest = os.lseek(descriptor, 0, os.SEEK_END), b""
         while position:
@@ -86,8 +86,10 @@ def _lines_from_the_end(path: str) -> Iterator[bytes]:
             yield from filter(None, reversed(lines))
         if rest:
             yield rest
+    except IsADirectoryError as error:
+        raise InputError(path, "is a directory") from error
     except OSError as error:
-        raise InputError(path, f"cannot be read: {error.strerror}") from error
+        raise UnreadableError(path, f"cannot be read: {error.strerror}") from error
     finally:
         os.close(descriptor)
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vmfork import atomicfile
-from vmfork.errors import InputError
 from vmfork.jsonfields import Fields, parse_object
 from vmfork.model import LAST_GENERATION, UNDECIDED, ForkEvent, Identity, Kind
 
@@ -112,13 +111,11 @@ def _quoted(value: bytes | None) -> str:
 
 
 def load(path: str) -> Intent | None:
-    """The note of the last daemon, None where there is none; InputError if it cannot be understood."""
-    try:
-        data = atomicfile.read_bounded(path, _SIZE)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(path, f"cannot be read: {error.strerror}") from error
+    """The note of the last daemon, None where there is none; InputError if it cannot be understood.
+
+    UnreadableError, a kind of it, if the kernel refuses: what stands there is not known then.
+    """
+    data = atomicfile.read_patiently(path, _SIZE)
     # What stands behind the first line is left over from a longer note.
-    note = data.partition(b"\n")[0].strip()
+    note = b"" if data is None else data.partition(b"\n")[0].strip()
     return Intent.from_json(parse_object(note, path)) if note else None

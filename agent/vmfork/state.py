@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vmfork import atomicfile
-from vmfork.errors import InputError
+from vmfork.errors import InputError, UnreadableError
 from vmfork.jsonfields import Fields, JsonObject, parse_object
 from vmfork.model import LAST_GENERATION, EventState, ForkEvent, HookResult
 from vmfork.paths import Paths
@@ -159,21 +159,29 @@ class Saved:
 
 
 def boot_id(paths: Paths) -> str:
-    """This boot's ID; "unknown" where the kernel does not show it. It never changes at a fork."""
+    """This boot's ID, which never changes at a fork; "unknown" where the kernel does not show it.
+
+    UnreadableError where it may show it the next time: taken for another boot, this one would lose its forks.
+    """
     try:
-        return atomicfile.read_bounded(paths.boot_id, 64).decode("ascii").strip() or "unknown"
-    except (OSError, InputError, UnicodeDecodeError):
+        text = atomicfile.read_patiently(paths.boot_id, 64) or b""
+        return text.decode("ascii").strip() or "unknown"
+    except UnreadableError as error:
+        if isinstance(error.__cause__, PermissionError):
+            return "unknown"
+        raise
+    except (InputError, UnicodeDecodeError):
         return "unknown"
 
 
 def load_remembered(paths: Paths) -> Remembered | None:
-    """detector.json, None if there is none; InputError if it is broken."""
+    """detector.json, None if there is none; InputError if it is broken, its UnreadableError if that is not known."""
     fields = _load(paths.detector_memory)
     return None if fields is None else Remembered.from_json(fields)
 
 
 def load_saved(paths: Paths) -> Saved | None:
-    """state.json, None if there is none; InputError if it is broken."""
+    """state.json, None if there is none; errors as for detector.json."""
     fields = _load(paths.state)
     return None if fields is None else Saved.from_json(fields)
 
@@ -204,9 +212,5 @@ def _dump(obj: JsonObject) -> bytes:
 
 
 def _load(path: str) -> Fields | None:
-    try:
-        return parse_object(atomicfile.read_bounded(path, _MAX_BYTES), path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(path, f"cannot be read: {error.strerror}") from error
+    data = atomicfile.read_patiently(path, _MAX_BYTES)
+    return None if data is None else parse_object(data, path)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from vmfork import ids, intent, page, state
 from vmfork.blake2 import blake2b
+from vmfork.daemon.recall import recall
 from vmfork.daemon.refusals import Refusals
 from vmfork.detector import GENERATION_ID, Memory
 from vmfork.errors import InputError
@@ -25,8 +26,6 @@ from vmfork.paths import Paths
 from vmfork.state import Remembered, Saved
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _PAGE_STATE = {
     EventState.REACTING: page.STATE_REACTING,
@@ -41,7 +40,8 @@ class Ledger:
     """The only writer of page, state and history.
 
     `refusals` says which files did not take what was written, and `problems` is what it says. Raises InputError where
-    the page itself cannot be had: nothing works without it.
+    the page itself cannot be had, since nothing works without it, and UnreadableError where what the last daemon left
+    behind cannot be known.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -50,19 +50,13 @@ class Ledger:
         self.problems = self.refusals.problems
         self._attempt = self.refusals.attempt
         self._make_directories()
-        saved = self._load(paths.state, lambda: state.load_saved(paths))
-        remembered = self._load(paths.detector_memory, lambda: state.load_remembered(paths))
-        boot_id = state.boot_id(paths)
-        self.saved = saved or Saved()
-        # Without a memory in RAM, a saved state of this very boot is the next best thing to continue from.
-        self.same_boot = remembered is not None and remembered.boot_id == boot_id
-        if remembered is None or not self.same_boot:
-            remembered = Remembered(boot_id=boot_id, generation=self.saved.generation)
-        if not remembered.tag_key:
-            # Without a key the tag would be a plain hash of a secret.
-            remembered = replace(remembered, tag_key=os.urandom(state.TAG_KEY_BYTES))
-        self.remembered = remembered
-        self._take_up_intent()
+        recalled = recall(paths)
+        self.problems.update(recalled.problems)
+        self.saved, self.remembered = recalled.saved, recalled.remembered
+        self.same_boot = recalled.same_boot
+        if recalled.only_noted:
+            # A killed detector had noted a fork that its memory does not have yet.
+            self._remember(self.remembered)
         self._intent: intent.IntentFile | None = None
         self._attempt(paths.detector_intent, self._open_intent)
         first = max(self.remembered.generation, self.saved.generation)
@@ -74,17 +68,6 @@ class Ledger:
         paths = self._paths
         for directory, mode in ((paths.run_public, 0o755), (paths.run_private, 0o700), (paths.state_dir, 0o700)):
             self._attempt(directory, lambda d=directory, m=mode: os.makedirs(d, mode=m, exist_ok=True))  # type: ignore[misc]
-
-    def _take_up_intent(self) -> None:
-        """A killed detector may have noted a fork that its memory does not have yet."""
-        path = self._paths.detector_intent
-        noted, old = self._load(path, lambda: intent.load(path)), self.remembered
-        if noted is None or noted.boot_id != old.boot_id or noted.event.generation <= old.generation:
-            return
-        self.same_boot = True
-        # The interrupt counters of before would tell of this fork once more.
-        seen: dict[str, Any] = {"truths": noted.truths, "credits": noted.credits, "interrupts": {}}
-        self._remember(old.with_fork(noted.event, kmsg_sequence=noted.kmsg_sequence, **seen))
 
     def _open_intent(self) -> None:
         if self._intent is not None:
@@ -99,16 +82,6 @@ class Ledger:
             self._publish(event)
         newest = max(self.remembered.generation, self.saved.generation, self.page.current.generation)
         self.remembered = replace(self.remembered, generation=newest)
-
-    def _load(self, path: str, load: Callable[[], T | None]) -> T | None:
-        try:
-            return load()
-        except InputError as error:
-            log.error("%s; it is set aside and a new one begun", error)
-            self._attempt(path, lambda: state.set_aside(path))
-            # Stays until the daemon is started again: somebody should look at what was kept.
-            self.problems[f"{path}.broken"] = f"{error}; kept as {path}.broken"
-            return None
 
     # What the rest of the daemon asks.
 
