@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from vmfork import settings
+from vmfork.atomicfile import patiently
 from vmfork.errors import ConfigError
 from vmfork.paths import Paths
 from vmfork.settings import Setting
@@ -87,7 +88,7 @@ def load(paths: Paths) -> Config:
     for path in configuration_files(paths, problems):
         files.append(path)
         try:
-            text = _read(_trusted(paths, path))
+            text = _text(paths, path)
         except ConfigError as error:
             problems.append(str(error))
             continue
@@ -105,12 +106,12 @@ def load(paths: Paths) -> Config:
 def configuration_files(paths: Paths, problems: list[str]) -> list[str]:
     """The files to read, in the order in which they apply: the main file, then the drop-ins by name."""
     directories = (paths.config_lib, paths.config_run, paths.config_etc)
-    mains = [found for directory in directories if os.path.lexists(found := os.path.join(directory, MAIN))]
+    mains = [found for directory in directories if _exists(found := os.path.join(directory, MAIN))]
     drop_ins: dict[str, str] = {}
     for directory in directories:
         folder = os.path.join(directory, MAIN + ".d")
         try:
-            names = sorted(os.listdir(folder))
+            names = sorted(patiently(lambda folder=folder: os.listdir(folder)))  # type: ignore[misc]
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -121,6 +122,17 @@ def configuration_files(paths: Paths, problems: list[str]) -> list[str]:
     return [path for path in ordered if not _is_masked(path)]
 
 
+def _exists(path: str) -> bool:
+    """Whether something stands there; where that cannot be known, reading it will tell why."""
+    try:
+        patiently(lambda: os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _is_masked(path: str) -> bool:
     try:
         status = os.stat(path)
@@ -129,32 +141,35 @@ def _is_masked(path: str) -> bool:
     return stat.S_ISCHR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_size == 0)
 
 
-def _trusted(paths: Paths, path: str) -> str:
-    """The checked path of the file, without links; ConfigError where somebody else may have written it."""
+def _text(paths: Paths, path: str) -> str:
+    """What stands in the file; ConfigError where somebody else may have written it, or it cannot be read."""
+    ignored = "its settings are ignored"
     try:
-        with Inspector(paths.root) as inspector:
-            return inspector.check(path).path
+        return patiently(lambda: _read(_trusted(paths, path))).decode()
     except Untrusted as error:
         raise ConfigError(path, f"is not trusted: {error}", hint=error.hint) from error
     except OSError as error:
-        raise ConfigError(path, f"cannot be read: {error.strerror}", hint="its settings are ignored") from error
+        raise ConfigError(path, f"cannot be read: {error.strerror}", hint=ignored) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(path, "is not a text file in UTF-8", hint=ignored) from error
 
 
-def _read(path: str) -> str:
-    try:
-        # O_NONBLOCK: a FIFO in this place must not stop the daemon.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise ConfigError(path, f"cannot be read: {error.strerror}", hint="its settings are ignored") from error
+def _trusted(paths: Paths, path: str) -> str:
+    """The checked path of the file, without links."""
+    with Inspector(paths.root) as inspector:
+        return inspector.check(path).path
+
+
+def _read(path: str) -> bytes:
+    # O_NONBLOCK: a FIFO in this place must not stop the daemon.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ConfigError(path, "is not a regular file", hint="its settings are ignored")
         data = os.read(descriptor, _MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise ConfigError(path, f"is larger than {_MAX_BYTES} bytes", hint="its settings are ignored")
-        return data.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path, "is not a text file in UTF-8", hint="its settings are ignored") from error
+        return data
     finally:
         os.close(descriptor)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,29 @@ def test_a_link_of_root_to_a_trusted_file_is_obeyed(tmp_path: Path) -> None:
     (tmp_path / "etc/vmfork").mkdir(parents=True)
     (tmp_path / "etc/vmfork/vmfork.conf").symlink_to("/usr/share/site.conf")
     assert load(tmp_path).get(settings.IDENTITY) == "rotate"
+
+
+def test_a_file_that_cannot_be_opened_for_a_moment_is_obeyed_all_the_same(tmp_path: Path) -> None:
+    write(tmp_path, "/etc/vmfork/vmfork.conf", "[React]\nIdentity=rotate\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def give_back(*_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    # A signal, so that however busy this machine is it comes before the last try.
+    before = signal.signal(signal.SIGALRM, give_back)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        loaded = load(tmp_path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        give_back()
+        signal.signal(signal.SIGALRM, before)
+    assert (loaded.problems, loaded.get(settings.IDENTITY)) == ((), "rotate")
+
+
+def test_a_main_file_of_which_nothing_can_be_known_is_reported_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/vmfork").symlink_to("vmfork")
+    assert any("is not trusted" in problem for problem in load(tmp_path).problems)
