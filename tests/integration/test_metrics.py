@@ -135,6 +135,30 @@ def test_metrics_that_are_turned_off_are_taken_away(guest: FakeGuest) -> None:
         assert not Path(guest.paths.metrics).exists()
 
 
+def test_metrics_that_are_not_taken_are_a_problem_until_they_are_written(guest: FakeGuest) -> None:
+    # In their place something that no file can be renamed over.
+    Path(guest.paths.metrics).mkdir()
+    with RunningDaemon(guest) as daemon:
+        assert any("metrics.prom: Is a directory" in problem for problem in daemon.status()["problems"])
+        Path(guest.paths.metrics).rmdir()
+        eventually(lambda: Path(guest.paths.metrics).exists())
+        assert "vmfork_detection 2\n" in text_of(guest)
+        assert daemon.status()["problems"] == []
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_metrics_that_cannot_say_that_nobody_watches_are_taken_away(guest: FakeGuest, end: str) -> None:
+    with RunningDaemon(guest) as daemon:
+        # In the place of the new file something that cannot be taken away.
+        Path(guest.paths.metrics + ".new").mkdir()
+        if end == "stop":
+            daemon.stop()
+        else:
+            daemon.kill()
+            assert vmforkd(guest, "--nobody-watches").returncode == 0
+        assert not Path(guest.paths.metrics).exists()
+
+
 @contextmanager
 def node_exporter(directory: Path) -> Iterator[str]:
     """The real one, with nothing but its textfile collector, on a port of the loopback; the address of its metrics."""

@@ -79,7 +79,7 @@ def detector_faults() -> list[Fault]:
         for error in ("EIO", "ENOSPC")
     ]
     found += [
-        Fault(name=f"{error} on metrics.prom", error=error, paths=lambda paths: _beside(paths.metrics), told=False)
+        Fault(name=f"{error} on metrics.prom", error=error, paths=lambda paths: _beside(paths.metrics))
         for error in ERRORS
     ]
     found += [

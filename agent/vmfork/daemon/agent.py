@@ -49,7 +49,7 @@ class Vmforkd:
         self.reaction = Reaction(self.loop, self._reactor_process, early=early)
         self.settlement = Settlement(self.loop, paths, self.ledger, self.mark, self.reaction, on_closed=self._on_closed)
         self.snapshots = Snapshots(self.loop, self.ledger, self.mark, self.reaction, self.settlement.subscribers)
-        self.metrics = Metrics(paths, self.ledger)
+        self.metrics = Metrics(paths, self.ledger, sources=lambda: self.watch.statuses())
         self.sysgenid = SysGenId(paths)
         self._service: Service | None = None
         self.watch = Watch(
@@ -186,7 +186,7 @@ class Vmforkd:
     def _write_metrics(self) -> None:
         # The early boot has no page of metrics to keep up to date.
         if not self._early:
-            self.metrics.write(self.watch.statuses())
+            self.metrics.write()
 
     # What is asked, by Service.
 

@@ -6,11 +6,10 @@ Counters begin at the start of the daemon, as Prometheus expects of a process. N
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vmfork import __version__, atomicfile
 from vmfork.daemon.ledger import Ledger
@@ -23,11 +22,12 @@ Sample = tuple[str, dict[str, str], float]
 
 
 class Metrics:
-    """Counts what happened and writes the file; `enabled` is Metrics= of the configuration."""
+    """Counts what happened and writes the file; `enabled` is Metrics= of the configuration, `sources` what they say."""
 
-    def __init__(self, paths: Paths, ledger: Ledger) -> None:
+    def __init__(self, paths: Paths, ledger: Ledger, *, sources: Callable[[], Sequence[SourceStatus]]) -> None:
         self._path = paths.metrics
         self._ledger = ledger
+        self._sources = sources
         self.enabled = True
         self._forks: Counter[tuple[str, str]] = Counter()
         self._hooks: Counter[tuple[str, str]] = Counter()
@@ -41,12 +41,17 @@ class Metrics:
         for hook in event.hooks:
             self._hooks[hook.name, hook.result.value] += 1
 
-    def write(self, sources: Sequence[SourceStatus]) -> None:
-        """Replace the file; a disk that refuses is logged, since nothing depends on it."""
+    def write(self) -> None:
+        """Replace the file, or take it away; a disk that refuses is a problem in status, and it is tried again."""
+        self._ledger.refusals.attempt(self._path, self._write, again=True)
+
+    def _write(self) -> None:
         if self.enabled:
-            _replace(self._path, "".join(self._lines(self._ledger.event, sources)))
-            return
-        with contextlib.suppress(OSError):
+            # As it is by now, also where this is tried again.
+            text = "".join(self._lines(self._ledger.event, self._sources()))
+            atomicfile.replace(self._path, text.encode(), mode=0o644, durable=False)
+        elif os.path.lexists(self._path):
+            # Not unlink alone: a read-only file system answers EROFS for what is not there, too.
             os.unlink(self._path)
 
     def _lines(self, event: ForkEvent | None, sources: Sequence[SourceStatus]) -> Iterator[str]:
@@ -115,15 +120,17 @@ class Metrics:
 
 def nobody_watches(paths: Paths) -> None:
     """All that is still true when the daemon has ended; nothing where there is no file."""
-    if os.path.exists(paths.metrics):
-        _replace(paths.metrics, "".join(_detection(0)))
-
-
-def _replace(path: str, text: str) -> None:
+    if not os.path.lexists(paths.metrics):
+        return
     try:
-        atomicfile.replace(path, text.encode(), mode=0o644, durable=False)
+        atomicfile.replace(paths.metrics, "".join(_detection(0)).encode(), mode=0o644, durable=False)
     except OSError as error:
-        log.warning("%s: %s", path, error.strerror)
+        log.warning("%s: %s; it is taken away", paths.metrics, error.strerror)
+        # Nobody comes back to try again. A series that is missing can be seen; one that says all is well cannot.
+        try:
+            os.unlink(paths.metrics)
+        except OSError as refusal:
+            log.error("%s stays, and still says that somebody watches: %s", paths.metrics, refusal.strerror)
 
 
 def _detection(value: int) -> Iterator[str]:
