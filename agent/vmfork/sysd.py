@@ -7,7 +7,6 @@ with the first message for the journal: loading libsystemd costs 1.5 MiB, and an
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -15,17 +14,25 @@ import sys
 
 from vmfork.paths import Paths
 
+log = logging.getLogger(__name__)
+
 IDENTIFIER = "vmforkd"
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, for instance "READY=1"; nothing happens outside of a Type=notify service."""
+    """Tell the service manager, for instance "READY=1"; nothing happens outside of a Type=notify service.
+
+    What cannot be told is logged: nobody may end for it.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    # sd_notify(3): one datagram; "@" stands for the zero byte of an abstract address.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
-        sender.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+    try:
+        # sd_notify(3): one datagram; "@" stands for the zero byte of an abstract address.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+    except OSError as error:
+        log.warning("the service manager cannot be told %s: %s", state.partition("\n")[0], error.strerror)
 
 
 def booted(paths: Paths) -> bool:
