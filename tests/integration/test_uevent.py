@@ -109,6 +109,24 @@ results["after"] = heard(edge)
     assert results["after"] == {"words": 1, "hotplug": False, "lost": False}
 
 
+def test_an_overflow_while_there_is_no_descriptor_left_is_recovered_from_too() -> None:
+    results = in_namespace(
+        """
+import resource
+for number in range(6000):
+    inject(ACTION="change", DEVPATH="/devices/x%d" % number, SUBSYSTEM="x", FILL="y" * 1000)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (edge.fileno() + 1, hard))
+results["flood"] = heard(edge)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+inject(**fork)
+results["after"] = heard(edge)
+"""
+    )
+    assert results["flood"]["lost"] is True
+    assert results["after"] == {"words": 1, "hotplug": False, "lost": False}
+
+
 def test_a_synthetic_event_is_refused() -> None:
     properties = {"ACTION": "change", "NEW_VMGENID": "1", "SYNTH_UUID": "0"}
     assert not announces_fork(properties)

@@ -97,8 +97,12 @@ class Uevent:
 
     def _clear_overflow(self) -> None:
         """After an overflow libudev's poll fails forever (pyudev#194) until somebody reads the socket's error."""
-        with socket.socket(fileno=os.dup(self._monitor.fileno())) as twin:
-            number = twin.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        # On pyudev's own descriptor: there may be no other to be had when everything is short and events get lost.
+        borrowed = socket.socket(fileno=self._monitor.fileno())
+        try:
+            number = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        finally:
+            borrowed.detach()
         if number not in (0, errno.ENOBUFS):
             self._trouble = os.strerror(number)
 
