@@ -71,7 +71,7 @@ class IntentFile:
         # Room for every later note, now: a full /run must not be in the way of a fork.
         try:
             if os.fstat(self._descriptor).st_size < _SIZE:
-                os.pwrite(self._descriptor, b"\n" * _SIZE, 0)
+                atomicfile.write_all(self._descriptor, b"\n" * _SIZE)
         except OSError:
             os.close(self._descriptor)
             raise

@@ -245,7 +245,13 @@ class PageWriter:
         # cache takes a reference with atomic_add_unless() and drops it with atomic_dec_and_test(); both return a value
         # and are therefore fully ordered (Documentation/atomic_t.txt). It costs 0.4 us; membarrier's PRIVATE_EXPEDITED
         # returns without any barrier in a process of one thread, its GLOBAL form sleeps for milliseconds.
-        os.pread(self._fd, 1, 0)
+        try:
+            os.pread(self._fd, 1, 0)
+        except OSError:
+            # Refused (no memory, a bad page of RAM), perhaps before it came to the barrier. Raised, it would leave seq
+            # odd and every reader waiting. So another one: sched_yield() never fails on Linux, and all its paths lead
+            # through __schedule(), which has smp_mb__after_spinlock() (since 4.14).
+            os.sched_yield()
 
     def _repaired(self, initial_generation: int) -> PageContent:
         magic, abi, seq, found = _parse(bytes(self._bytes[: LAYOUT.size]))

@@ -34,10 +34,18 @@ def open_in_place(path: str, initial: bytes) -> int:
     finally:
         os.close(probe)
     os.fchmod(fd, 0o444)
-    # Never made smaller: who has mapped more than we know about would die of SIGBUS.
-    if os.fstat(fd).st_size < len(initial):
-        os.ftruncate(fd, len(initial))
+    try:
+        _reserve(fd, len(initial))
+    except OSError:
+        os.close(fd)
+        raise
     return fd
+
+
+def _reserve(fd: int, size: int) -> None:
+    # Makes longer, fills holes, and never makes smaller: who has mapped more than we know about would die of SIGBUS. A
+    # hole must not stay either: where the file system is full by the time of a store into it, that is a SIGBUS, too.
+    os.posix_fallocate(fd, 0, size)
 
 
 def warn(message: str, *arguments: object) -> None:
@@ -68,6 +76,7 @@ def _create(path: str, initial: bytes) -> int:
         os.unlink(temporary)
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
     try:
+        _reserve(fd, len(initial))
         os.pwrite(fd, initial, 0)
         os.fchmod(fd, 0o444)
         os.rename(temporary, path)

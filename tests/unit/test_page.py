@@ -19,6 +19,9 @@ from pathlib import Path
 import pytest
 
 import vmfork
+from support.runningdaemon import environment
+from support.tools import need, need_ptrace, need_root
+from torture.injection import Injection, strace
 from vmfork.errors import InputError, Unavailable
 from vmfork.page import (
     DETECTION_EVENT,
@@ -283,6 +286,59 @@ with PageWriter(sys.argv[1]) as writer:
 def writing(path: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(Path(vmfork.__file__).parents[1])}
     return subprocess.Popen([sys.executable, "-c", WRITER, path], env=environment, stdout=subprocess.PIPE)
+
+
+def test_a_barrier_that_the_kernel_refuses_leaves_a_page_that_can_be_read(path: str) -> None:
+    need_ptrace()
+    PageWriter(path).close()
+    program = (
+        "import sys; from vmfork.page import PageWriter; "
+        "PageWriter(sys.argv[1]).publish(generation=7, token=bytes(16), detected_at_ns=1, boottime_ns=1)"
+    )
+    refusing = strace(injections=[Injection(call="pread64", when="1+", fault="error=EIO", path=path)])
+    run = subprocess.run(
+        [*refusing, sys.executable, "-c", program, path], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert read_page(path).generation == 7
+
+
+# A page with a hole, in a /run that has no room left to fill it.
+_FULL = """
+import os, sys
+from vmfork.errors import InputError
+from vmfork.page import PageWriter
+path = sys.argv[1] + "/generation"
+PageWriter(path).close()
+os.truncate(path, 0)
+os.truncate(path, int(sys.argv[2]))
+try:
+    with open(sys.argv[1] + "/full", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+except OSError:
+    pass
+try:
+    PageWriter(path)
+except InputError as error:
+    print(error.problem)
+"""
+
+
+@pytest.mark.parametrize("size", [0, PAGE_SIZE])
+def test_a_page_without_room_is_an_error_and_not_the_end_of_the_writer(tmp_path: Path, size: int) -> None:
+    need_root()
+    need("unshare", package="util-linux")
+    script = 'mount -t tmpfs -o size=64k none "$1" && exec "$2" -c "$3" "$1" "$4"'
+    run = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "-", tmp_path, sys.executable, _FULL, str(size)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "No space left on device" in run.stdout
 
 
 def test_a_copy_is_never_torn_while_another_process_writes(path: str) -> None:
