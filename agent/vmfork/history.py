@@ -21,7 +21,7 @@ from vmfork.paths import Paths
 
 KEPT = 1000
 # Cutting costs a rewrite of the file: do it once in so many forks.
-_SLACK = 200
+SLACK = 200
 _MAX_BYTES = 64 << 20
 _BLOCK = 64 << 10
 _LONGEST_LINE = 4 << 20
@@ -123,7 +123,7 @@ class HistoryWriter:
         # Before the new line: where the file cannot be cut, trying again must not make it longer each time.
         if self._lines < 0:
             self._lines = sum(1 for _ in _lines_from_the_end(self._paths.history))
-        if self._lines < KEPT + _SLACK:
+        if self._lines < KEPT + SLACK:
             return
         lines = atomicfile.read_bounded(self._paths.history, _MAX_BYTES).splitlines(keepends=True)[-KEPT:]
         atomicfile.replace(self._paths.history, b"".join(lines), durable=True)

@@ -7,7 +7,7 @@ the end may be one call too far: such a case must hold too, but is no kill.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,25 +26,39 @@ WORKERS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Victim:
-    """Who is killed, and how a scenario is made that runs it behind these words."""
+    """Who is killed, before which calls, and how a scenario is made that runs it behind these words.
+
+    Fewer than `fewest` of these calls would mean that something else was run.
+    """
 
     name: str
     scenario: Callable[[str, Words], Scenario]
+    calls: Sequence[str] = CHANGES
+    fewest: int = 20
 
 
-def _detector(name: str, play: Play, verdict: Play = judge) -> Victim:
-    return Victim(name=name, scenario=lambda case, words: Scenario(case, play, verdict, detector=words))
+def _detector(
+    name: str, play: Play, verdict: Play = judge, *, calls: Sequence[str] = CHANGES, fewest: int = 20
+) -> Victim:
+    def scenario(case: str, words: Words) -> Scenario:
+        return Scenario(case, play, verdict, detector=words)
+
+    return Victim(name=name, scenario=scenario, calls=calls, fewest=fewest)
 
 
 def _reactor(name: str, play: Play, verdict: Play = judge, *, run: int = 1) -> Victim:
     return Victim(name=name, scenario=lambda case, words: Scenario(case, play, verdict, reactor=words, reactor_run=run))
 
 
+# What replacing a file is made of: enough where all the rest is another victim's.
+_REPLACING = ("fchmod", "fdatasync", "fsync", "rename")
 VICTIMS = (
     _detector("detector", plays.fork_during_a_reaction),
     _detector("restarted detector", plays.fork_while_nobody_watches),
     _detector("pass of the early boot", plays.cold_fork),
     _detector("detector after the early boot", plays.start_after_the_early_boot),
+    _detector("detector that cuts the history", plays.fork_with_a_full_history, calls=_REPLACING),
+    _detector("word that nobody watches", plays.nobody_watches, fewest=8),
     _reactor("reactor", plays.fork_during_a_reaction),
     _reactor("next reactor", plays.fork_during_a_reaction, run=2),
     _reactor("reactor of the early boot", plays.cold_fork),
@@ -58,7 +72,7 @@ VICTIMS = (
 
 def kill_points(victim: Victim) -> tuple[list[Injection], Row]:
     """One injection for each call that an undisturbed run makes, and what became of that run."""
-    scenario = victim.scenario(f"{victim.name}, undisturbed", lambda log: strace(log=log, trace=CHANGES))
+    scenario = victim.scenario(f"{victim.name}, undisturbed", lambda log: strace(log=log, trace=victim.calls))
     row = scenario.run()
     # A reactor that does not hear that it shall end is killed by the daemon, seconds later.
     row.check(KILLED not in scenario.traced, "a program that nobody touched had to be killed")
@@ -87,7 +101,7 @@ def _row_of(victim: Victim, every: int) -> Row:
             row.add(result)
             kills += killed
     row.violations += undisturbed.violations
-    row.check(len(points) > 20, f"only {len(points)} kill points were found")
+    row.check(len(points) > victim.fewest, f"only {len(points)} kill points were found")
     row.check(row.cases - kills <= max(1, row.cases // 10), f"only {kills} of {row.cases} cases killed anything")
     row.note = f"{kills} killed, of {len(points)} kill points"
     return row

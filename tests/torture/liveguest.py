@@ -14,7 +14,7 @@ from types import TracebackType
 
 from support.fakeguest import FakeGuest
 from support.runningdaemon import environment, write_hook
-from torture.scenario import PATIENCE_SEC, Broken, listens, scratch
+from torture.scenario import PATIENCE_SEC, Broken, listens, problems_of, scratch
 from torture.table import Row
 from vmfork import history, state
 from vmfork.page import STATE_REACTING, read_page
@@ -119,12 +119,7 @@ class LiveGuest:
         return path.read_text().split() if path.exists() else []
 
     def problems(self) -> list[str]:
-        with Client.connect(self.guest.paths.admin_socket) as client:
-            status = client.call("io.vmfork.GetStatus", {})["status"]
-        assert isinstance(status, dict)
-        problems = status["problems"]
-        assert isinstance(problems, list)
-        return [str(problem) for problem in problems]
+        return problems_of(self.guest)
 
     def reload(self) -> None:
         """Read the configuration and probe the sources again; returns when that is done."""

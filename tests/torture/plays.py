@@ -14,7 +14,9 @@ from subprocess import DEVNULL
 from support.runningdaemon import environment
 from torture.scenario import PATIENCE_SEC, Broken, Scenario
 from vmfork.errors import DaemonUnreachable
+from vmfork.history import KEPT, SLACK
 from vmfork.model import Kind
+from vmfork.page import DETECTION_NONE
 from vmfork.varlink.client import Client, RemoteError
 
 
@@ -52,6 +54,32 @@ def start_after_the_early_boot(scenario: Scenario) -> None:
     scenario.finish()
     scenario.start(victim=True)
     _cold_fork_settles(scenario)
+
+
+def nobody_watches(scenario: Scenario) -> None:
+    """The victim is what the unit runs after a detector that was killed; then comes a fork, and the next detector."""
+    _first_fork(scenario, victim=False)
+    scenario.kill()
+    scenario.go()
+    scenario.start("--nobody-watches", victim=True)
+    if scenario.finish() == 0:
+        page = scenario.page()
+        scenario.row.check(page is not None and page.detection == DETECTION_NONE, "the page says somebody watches")
+    scenario.fork()
+    scenario.start()
+    _second_fork(scenario)
+
+
+def fork_with_a_full_history(scenario: Scenario) -> None:
+    """The next line is the one for which the oldest are cut off."""
+    scenario.fill_history(KEPT + SLACK)
+    scenario.go()
+    scenario.start(victim=True)
+    scenario.until(scenario.watches, "who watches came onto the page")
+    scenario.fork()
+    scenario.until(lambda: scenario.generation() == 2, "the fork came onto the page")
+    scenario.until(scenario.settled, "the fork settled")
+    scenario.stop()
 
 
 def prepare_and_resume(scenario: Scenario) -> None:

@@ -8,6 +8,7 @@ again, without strace, and the play goes on where it stood. What happens is in `
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,14 +17,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from support.fakeguest import FakeGuest
 from support.runningdaemon import environment, write_hook
 from torture.table import Row
+from torture.wreck import damage
 from vmfork.errors import DaemonUnreachable, VmforkError
-from vmfork.model import Kind
+from vmfork.model import UNDECIDED, EventState, ForkEvent, Kind
 from vmfork.page import DETECTION_EVENT, STATE_SETTLED, PageContent, read_page
 from vmfork.varlink.client import Client
 
@@ -58,6 +60,16 @@ def listens(guest: FakeGuest) -> bool:
     return True
 
 
+def problems_of(guest: FakeGuest) -> list[str]:
+    """What the daemon's status says is wrong."""
+    with Client.connect(guest.paths.admin_socket) as client:
+        status = client.call("io.vmfork.GetStatus", {})["status"]
+    assert isinstance(status, dict)
+    problems = status["problems"]
+    assert isinstance(problems, list)
+    return [str(problem) for problem in problems]
+
+
 def interpreter(directory: Path, before: list[str], *, first: int, last: int) -> Path:
     """A program to take for Python: Python, behind these words from the first to the last of the times it is run."""
     wrapper, count = directory / "python", directory / "runs"
@@ -69,6 +81,22 @@ def interpreter(directory: Path, before: list[str], *, first: int, last: int) ->
     )
     wrapper.chmod(0o755)
     return wrapper
+
+
+# No fork of a play has the generation that a guest begins with.
+LONG_AGO = 1
+_PAST = ForkEvent(
+    generation=LONG_AGO,
+    token=bytes(16),
+    kind=Kind.LIVE,
+    edges=("kmsg",),
+    generation_id=None,
+    previous_generation_id=None,
+    detected_at_ns=1,
+    boottime_ns=1,
+    identity=UNDECIDED,
+    state=EventState.SETTLED,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +123,8 @@ def no_words(_log: Path) -> list[str]:
 class Scenario:
     """`detector` and `reactor` make the words to put before one detector, or the n-th reactor: those of strace.
 
-    Which detector gets them, `play` decides: it starts it with `start(victim=True)`.
+    Which detector gets them, `play` decides: it starts it with `start(victim=True)`. With `may_fail` one may also say
+    that it cannot work, and is started again then.
     """
 
     def __init__(
@@ -107,6 +136,7 @@ class Scenario:
         detector: Words = no_words,
         reactor: Words = no_words,
         reactor_run: int = 1,
+        may_fail: bool = False,
     ) -> None:
         self.row = Row(name=name, cases=1)
         self._play, self._judge = play, judge
@@ -116,7 +146,9 @@ class Scenario:
         self.trace = self.top / "trace"
         self._detector = detector(self.trace)
         self._python = interpreter(self.top, reactor(self.trace), first=reactor_run, last=reactor_run)
+        self._expected = (-signal.SIGKILL, 1) if may_fail else (-signal.SIGKILL,)
         self.forks: list[Fork] = []
+        self.past = 0
         self._newest = 0
         self._inode = 0
         self.deaths = 0
@@ -152,15 +184,18 @@ class Scenario:
         command = [*before, sys.executable, "-c", LAUNCH, str(self._python), "--root", str(self.guest.root), *arguments]
         self.process = subprocess.Popen(command, env=environment(), stderr=self._log)
 
-    def finish(self) -> None:
-        """Wait for a vmforkd that ends by itself, or was killed: a boot goes on in both cases."""
+    def finish(self) -> int:
+        """Wait for a vmforkd that ends by itself, or was killed: a boot goes on in both cases. Its exit status."""
         assert self.process is not None
         try:
             code = self.process.wait(PATIENCE_SEC)
         except subprocess.TimeoutExpired as error:
-            raise Broken("the pass of the early boot did not end by itself") from error
-        if code not in (0, -signal.SIGKILL):
-            raise Broken(f"the pass of the early boot ended with exit status {code}")
+            raise Broken("it did not end by itself") from error
+        if code not in (0, *self._expected):
+            raise Broken(f"it ended with exit status {code}")
+        if code:
+            self._look_at_what_is_left()
+        return code
 
     def fork(self, kind: Kind = Kind.LIVE) -> None:
         """Another generation ID; where the guest runs on, the kernel says so."""
@@ -171,6 +206,13 @@ class Scenario:
         else:
             self.guest.set_generation_id(value)
         self.row.sent += 1
+
+    def fill_history(self, lines: int) -> None:
+        """So many forks from long ago, all of `LONG_AGO`, so that they are told from those of the play."""
+        past = (replace(_PAST, token=number.to_bytes(16, "big")) for number in range(lines))
+        text = "".join(json.dumps(event.to_json(with_ids=True)) + "\n" for event in past)
+        Path(self.guest.paths.history).write_text(text)
+        self.past = lines
 
     def power_cycle(self) -> None:
         """What was in RAM is gone, and it is another boot."""
@@ -189,6 +231,7 @@ class Scenario:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+        self._look_at_what_is_left()
 
     def stop(self) -> None:
         """Ask it to end; a detector that is killed while it does so is started and asked again."""
@@ -220,13 +263,18 @@ class Scenario:
 
     def _died(self, code: int) -> None:
         self.deaths += 1
-        if code != -signal.SIGKILL:
+        self._look_at_what_is_left()
+        if code not in self._expected:
             raise Broken(f"the daemon ended by itself with exit status {code}")
         if self.deaths > 1:
             raise Broken("the daemon was killed twice")
         self.start()
         # What the page says of who watches is its predecessor's word until this one listens.
         self.until(lambda: listens(self.guest), "the daemon that was started again listens")
+
+    def _look_at_what_is_left(self) -> None:
+        for sentence in damage(self.guest.paths, newest=self._newest, last=1 + len(self.forks)):
+            self.row.check(False, sentence)
 
     # What is seen from outside.
 

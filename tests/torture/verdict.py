@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torture.scenario import HOOKS, Scenario
+from torture.scenario import HOOKS, LONG_AGO, Scenario
 from vmfork import history, state
 from vmfork.errors import VmforkError
+from vmfork.history import KEPT, SLACK
 from vmfork.model import EventState, ForkEvent, IdentityPolicy
 from vmfork.page import DETECTION_NONE
 
@@ -26,14 +27,17 @@ def judge(scenario: Scenario) -> None:
     except VmforkError as error:
         row.check(False, f"a file is broken: {error}")
         return
-    row.seen += len(found.events)
+    events = tuple(event for event in found.events if event.generation != LONG_AGO)
+    row.seen += len(events)
     row.check(found.unreadable_lines == 0, f"{found.unreadable_lines} lines of the history cannot be read")
-    _judge_history(scenario, found.events)
-    if found.events:
-        newest = found.events[-1]
+    _judge_history(scenario, events)
+    if scenario.past:
+        _judge_past(scenario, found.events)
+    if events:
+        newest = events[-1]
         row.check(page is not None and page.token == newest.token, "the page has another token than the history")
         _judge_state(scenario, newest)
-        _judge_hooks(scenario, found.events)
+        _judge_hooks(scenario, events)
 
 
 def judge_called_off(scenario: Scenario) -> None:
@@ -69,6 +73,14 @@ def _judge_history(scenario: Scenario, events: tuple[ForkEvent, ...]) -> None:
     row.check([event.generation_id for event in events] == [fork.value for fork in sent], "other IDs than were sent")
     row.check([event.kind for event in events] == [fork.kind for fork in sent], "a fork is of another kind")
     row.check(len({event.token for event in events}) == len(events), "two forks have one token")
+
+
+def _judge_past(scenario: Scenario, events: tuple[ForkEvent, ...]) -> None:
+    numbers = [int.from_bytes(event.token, "big") for event in events if event.generation == LONG_AGO]
+    newest = range(scenario.past - (KEPT - len(scenario.forks)), scenario.past)
+    scenario.row.check(numbers == list(newest), f"{len(numbers)} forks from long ago are kept, or not the newest")
+    lines = Path(scenario.guest.paths.history).read_bytes().count(b"\n")
+    scenario.row.check(lines < KEPT + SLACK, f"the history was not cut: it has {lines} lines")
 
 
 def _judge_state(scenario: Scenario, newest: ForkEvent) -> None:
