@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.fakeguest import FIRST_BOOT_ID, FakeGuest
-from vmfork import atomicfile, intent, state
+from vmfork import atomicfile, history, intent, state
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.recall import recall
 from vmfork.errors import UnreadableError
@@ -166,3 +166,35 @@ def test_a_directory_in_the_place_of_the_state_is_set_aside(paths: Paths) -> Non
 def test_a_boot_id_that_the_kernel_does_not_show_is_unknown(paths: Paths) -> None:
     os.unlink(paths.boot_id)
     assert state.boot_id(paths) == "unknown"
+
+
+def test_what_the_disk_refused_to_the_last_daemon_is_written_by_the_next(paths: Paths) -> None:
+    state.store_saved(paths, Saved(generation=8, boot_id=FIRST_BOOT_ID, handled_token=event(7).token))
+    state.store_remembered(
+        paths,
+        Remembered(
+            boot_id=FIRST_BOOT_ID, generation=9, event=event(9), tag_key=bytes(16), unwritten=(event(8), event(9))
+        ),
+    )
+    ledger = Ledger(paths)
+    ledger.baseline(smbios_uuid=None, instance_id=None)
+    ledger.close()
+    assert history.load(paths).events == (event(8), event(9))
+    saved, remembered = state.load_saved(paths), state.load_remembered(paths)
+    assert saved is not None
+    assert remembered is not None
+    assert (saved.generation, saved.handled_token, remembered.unwritten) == (9, event(9).token, ())
+
+
+def test_a_fork_whose_reaction_has_not_ended_is_not_taken_for_handled(paths: Paths) -> None:
+    state.store_saved(paths, Saved(generation=8, boot_id=FIRST_BOOT_ID, handled_token=event(8).token))
+    unfinished = Remembered(
+        boot_id=FIRST_BOOT_ID, generation=9, event=event(9, EventState.REACTING), tag_key=bytes(16), handled=False
+    )
+    state.store_remembered(paths, unfinished)
+    ledger = Ledger(paths)
+    ledger.baseline(smbios_uuid=None, instance_id=None)
+    ledger.close()
+    saved = state.load_saved(paths)
+    assert saved is not None
+    assert saved.handled_token == event(8).token

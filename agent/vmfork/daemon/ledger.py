@@ -63,6 +63,8 @@ class Ledger:
         self.page = page.PageWriter(paths.generation_page, initial_generation=first)
         self._history = HistoryWriter(paths)
         self._mend()
+        # What the disk refused to the last daemon; the state on disk, which comes after it, is the baseline's business.
+        self._write_history()
 
     def _make_directories(self) -> None:
         paths = self._paths
@@ -191,6 +193,9 @@ class Ledger:
 
     def baseline(self, *, smbios_uuid: str | None, instance_id: str | None, handled_token: bytes | None = None) -> None:
         """Save what the next boot compares with; what cannot be read now keeps its old value."""
+        if handled_token is None and self.event is not None and self.remembered.handled:
+            # The disk may have refused it to the last daemon.
+            handled_token = self.event.token
         self._save(
             replace(
                 self.saved,
