@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import pytest
 
-from support.tools import need_ptrace
+from support.tools import need, need_ptrace, need_root
 from torture.faults import Fault, ReactorFault, detector_faults, play_detector, play_reactor, reactor_faults
+from torture.filesystems import PLAYS, play_file_system
+from torture.starts import StartFault, play_start, start_faults
 
 # Here every third case; `make torture` has them all.
 EVERY = 3
+# These are more, and quicker. Not from the first: the opens of the kernel's log are left to `make torture`.
+FIRST_START, EVERY_START = 4, 7
 
 
 @pytest.mark.parametrize("fault", detector_faults()[::EVERY], ids=lambda fault: fault.name.replace(" ", "-"))
@@ -22,3 +26,20 @@ def test_a_fork_is_told_and_later_written_while_the_detector_meets(fault: Fault)
 def test_hooks_run_while_the_reactor_meets(fault: ReactorFault) -> None:
     need_ptrace()
     assert play_reactor(fault).violations == []
+
+
+@pytest.mark.parametrize(
+    "fault", start_faults()[FIRST_START::EVERY_START], ids=lambda fault: fault.name.replace(" ", "-")
+)
+def test_a_fork_from_before_is_handled_whatever_the_start_meets(fault: StartFault) -> None:
+    need_ptrace()
+    need("flock", package="util-linux")
+    assert play_start(fault).violations == []
+
+
+@pytest.mark.parametrize("name", PLAYS)
+def test_a_fork_from_before_is_handled_on(name: str) -> None:
+    need_root()
+    need("unshare", package="util-linux")
+    need("flock", package="util-linux")
+    assert play_file_system(name).violations == []

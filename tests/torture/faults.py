@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torture.crash import WORKERS
+from torture.filesystems import PLAYS, play_file_system
 from torture.injection import Attached, Injection, strace, strace_of
 from torture.liveguest import LiveGuest
 from torture.scenario import LAUNCH, Broken, interpreter
+from torture.starts import play_start, start_faults
 from torture.table import Row
 from vmfork import history
 from vmfork.errors import VmforkError
@@ -162,7 +164,7 @@ def play_detector(fault: Fault) -> Row:
                     if broken:
                         live.until(lambda: "2" in live.ran(), "the hook ran")
                         live.until(live.is_over, "the reaction ended")
-                        row.check(not fault.told or live.problems() != [], "status names no problem")
+                    row.check(not fault.told or live.problems() != [], "status names no problem")
             live.until(lambda: live.is_written(2, value), "what was missed is on disk")
             live.until(lambda: live.problems() == [], "status names no problem any more")
             row.check(read_page(live.guest.paths.generation_page).state == STATE_SETTLED, "the fork is not settled")
@@ -211,10 +213,18 @@ def _after(live: LiveGuest, before: bytes) -> None:
 
 
 def fault_rows(*, every: int = 1) -> Iterator[Row]:
-    """Two rows: faults in the detector, faults in the reactor; with `every` n only each n-th case."""
-    row = Row(name="disk and memory, detector")
+    """A row for the detector, one for its start, one for the reactor; with `every` n only each n-th case."""
+    file_systems = [*PLAYS] if os.geteuid() == 0 else []
     with ThreadPoolExecutor(WORKERS) as pool:
+        row = Row(name="disk and memory, detector")
         for result in pool.map(play_detector, detector_faults()[::every]):
+            row.add(result)
+        yield row
+        row = Row(name="disk and memory, start", note="" if file_systems else "without what needs root")
+        for result in (
+            *pool.map(play_start, start_faults()[::every]),
+            *pool.map(play_file_system, file_systems),
+        ):
             row.add(result)
         yield row
         row = Row(name="disk and memory, reactor")

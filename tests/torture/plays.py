@@ -12,6 +12,7 @@ import time
 from subprocess import DEVNULL
 
 from support.runningdaemon import environment
+from torture.past import write_past
 from torture.scenario import PATIENCE_SEC, Broken, Scenario
 from vmfork.errors import DaemonUnreachable
 from vmfork.history import KEPT, SLACK
@@ -72,7 +73,7 @@ def nobody_watches(scenario: Scenario) -> None:
 
 def fork_with_a_full_history(scenario: Scenario) -> None:
     """The next line is the one for which the oldest are cut off."""
-    scenario.fill_history(KEPT + SLACK)
+    write_past(scenario.guest.paths, KEPT + SLACK)
     scenario.go()
     scenario.start(victim=True)
     scenario.until(scenario.watches, "who watches came onto the page")
@@ -174,3 +175,15 @@ def _cold_fork_settles(scenario: Scenario) -> None:
     scenario.until(scenario.watches, "who watches came onto the page")
     scenario.until(scenario.settled, "the cold fork settled")
     scenario.stop()
+
+
+def reaction_that_is_cut_off(scenario: Scenario) -> None:
+    """How other plays begin: a detector is killed in the middle of a reaction, whose fork waits for the next one."""
+    _first_fork(scenario, victim=False)
+    scenario.kill()
+    scenario.go()
+
+
+def clone_that_is_off(scenario: Scenario) -> None:
+    """How other plays begin: a disk was cloned, and its next boot is a cold fork."""
+    _power_off_and_clone(scenario)

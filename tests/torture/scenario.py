@@ -8,7 +8,6 @@ again, without strace, and the play goes on where it stood. What happens is in `
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.fakeguest import FakeGuest
@@ -25,7 +24,7 @@ from support.runningdaemon import environment, write_hook
 from torture.table import Row
 from torture.wreck import damage
 from vmfork.errors import DaemonUnreachable, VmforkError
-from vmfork.model import UNDECIDED, EventState, ForkEvent, Kind
+from vmfork.model import Kind
 from vmfork.page import DETECTION_EVENT, STATE_SETTLED, PageContent, read_page
 from vmfork.varlink.client import Client
 
@@ -83,22 +82,6 @@ def interpreter(directory: Path, before: list[str], *, first: int, last: int) ->
     return wrapper
 
 
-# No fork of a play has the generation that a guest begins with.
-LONG_AGO = 1
-_PAST = ForkEvent(
-    generation=LONG_AGO,
-    token=bytes(16),
-    kind=Kind.LIVE,
-    edges=("kmsg",),
-    generation_id=None,
-    previous_generation_id=None,
-    detected_at_ns=1,
-    boottime_ns=1,
-    identity=UNDECIDED,
-    state=EventState.SETTLED,
-)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fork:
     """One that was sent: the generation ID that it brought, and the kind that it must be seen as."""
@@ -148,7 +131,6 @@ class Scenario:
         self._python = interpreter(self.top, reactor(self.trace), first=reactor_run, last=reactor_run)
         self._expected = (-signal.SIGKILL, 1) if may_fail else (-signal.SIGKILL,)
         self.forks: list[Fork] = []
-        self.past = 0
         self._newest = 0
         self._inode = 0
         self.deaths = 0
@@ -206,13 +188,6 @@ class Scenario:
         else:
             self.guest.set_generation_id(value)
         self.row.sent += 1
-
-    def fill_history(self, lines: int) -> None:
-        """So many forks from long ago, all of `LONG_AGO`, so that they are told from those of the play."""
-        past = (replace(_PAST, token=number.to_bytes(16, "big")) for number in range(lines))
-        text = "".join(json.dumps(event.to_json(with_ids=True)) + "\n" for event in past)
-        Path(self.guest.paths.history).write_text(text)
-        self.past = lines
 
     def power_cycle(self) -> None:
         """What was in RAM is gone, and it is another boot."""

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torture.scenario import HOOKS, LONG_AGO, Scenario
+from torture.past import is_past
+from torture.scenario import HOOKS, Scenario
 from vmfork import history, state
 from vmfork.errors import VmforkError
 from vmfork.history import KEPT, SLACK
@@ -27,12 +28,13 @@ def judge(scenario: Scenario) -> None:
     except VmforkError as error:
         row.check(False, f"a file is broken: {error}")
         return
-    events = tuple(event for event in found.events if event.generation != LONG_AGO)
+    events = tuple(event for event in found.events if not is_past(event))
     row.seen += len(events)
     row.check(found.unreadable_lines == 0, f"{found.unreadable_lines} lines of the history cannot be read")
     _judge_history(scenario, events)
-    if scenario.past:
-        _judge_past(scenario, found.events)
+    past = [int.from_bytes(event.token, "big") for event in found.events if is_past(event)]
+    if past:
+        _judge_past(scenario, past)
     if events:
         newest = events[-1]
         row.check(page is not None and page.token == newest.token, "the page has another token than the history")
@@ -75,12 +77,13 @@ def _judge_history(scenario: Scenario, events: tuple[ForkEvent, ...]) -> None:
     row.check(len({event.token for event in events}) == len(events), "two forks have one token")
 
 
-def _judge_past(scenario: Scenario, events: tuple[ForkEvent, ...]) -> None:
-    numbers = [int.from_bytes(event.token, "big") for event in events if event.generation == LONG_AGO]
-    newest = range(scenario.past - (KEPT - len(scenario.forks)), scenario.past)
-    scenario.row.check(numbers == list(newest), f"{len(numbers)} forks from long ago are kept, or not the newest")
+def _judge_past(scenario: Scenario, past: list[int]) -> None:
+    """The history was full when the play began: the oldest were cut off, as many as are too many, and no others."""
+    full = KEPT + SLACK
+    newest = list(range(full - (KEPT - len(scenario.forks)), full))
+    scenario.row.check(past == newest, f"{len(past)} forks from before the play are kept, or not the newest")
     lines = Path(scenario.guest.paths.history).read_bytes().count(b"\n")
-    scenario.row.check(lines < KEPT + SLACK, f"the history was not cut: it has {lines} lines")
+    scenario.row.check(lines < full, f"the history was not cut: it has {lines} lines")
 
 
 def _judge_state(scenario: Scenario, newest: ForkEvent) -> None:
