@@ -74,13 +74,19 @@ def read_bounded(path: str, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes; InputError if it is larger, OSError if unreadable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        data = b""
-        while len(data) <= limit and (chunk := os.read(descriptor, limit + 1 - len(data))):
-            data += chunk
+        data = read_up_to(descriptor, limit + 1)
     finally:
         os.close(descriptor)
     if len(data) > limit:
         raise InputError(path, f"is larger than {limit} bytes")
+    return data
+
+
+def read_up_to(descriptor: int, size: int) -> bytes:
+    """So many bytes, fewer only at the end of the file: one read that fails half-way returns what it had, no error."""
+    data = b""
+    while len(data) < size and (chunk := os.read(descriptor, size - len(data))):
+        data += chunk
     return data
 
 

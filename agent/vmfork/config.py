@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from vmfork import settings
-from vmfork.atomicfile import patiently
+from vmfork.atomicfile import patiently, read_up_to
 from vmfork.errors import ConfigError
 from vmfork.paths import Paths
 from vmfork.settings import Setting
@@ -166,7 +166,7 @@ def _read(path: str) -> bytes:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ConfigError(path, "is not a regular file", hint="its settings are ignored")
-        data = os.read(descriptor, _MAX_BYTES + 1)
+        data = read_up_to(descriptor, _MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise ConfigError(path, f"is larger than {_MAX_BYTES} bytes", hint="its settings are ignored")
         return data

@@ -131,6 +131,22 @@ def test_a_refusal_that_will_not_pass_is_not_waited_for() -> None:
         atomicfile.patiently(read)
 
 
+def test_a_read_that_returns_less_than_there_is_is_gone_on_with() -> None:
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ours)
+        # More than a pipe holds at once.
+        atomicfile.write_all(theirs, bytes(200_000))
+        os._exit(0)
+    os.close(theirs)
+    try:
+        assert len(atomicfile.read_up_to(ours, 1 << 20)) == 200_000
+    finally:
+        os.close(ours)
+        os.waitpid(child, 0)
+
+
 def test_the_generation_of_a_guest_whose_state_is_broken_does_not_go_back(paths: Paths) -> None:
     write_history(paths, event(6), event(7))
     Path(paths.state).write_text("{")
