@@ -320,6 +320,21 @@ def test_a_fork_that_supersedes_a_rotation_takes_it_over(guest: FakeGuest) -> No
         assert daemon.settled(5)["identity"]["policy"] == "keep"
 
 
+def test_a_cold_fork_whose_id_can_be_read_only_later_is_still_one_with_its_evidence(guest: FakeGuest) -> None:
+    guest.set_smbios_uuid("11111111-2222-3333-4444-555555555555")
+    with RunningDaemon(guest) as daemon:
+        daemon.stop()
+        Path(guest.paths.detector_memory).unlink()
+        Path(guest.paths.fw_cfg_guid).unlink()
+        guest.set_boot_id(OTHER_BOOT)
+        guest.set_smbios_uuid("99999999-2222-3333-4444-555555555555")
+        daemon.start()
+        guest.set_generation_id(fresh_id())
+        assert daemon.ctl("reload").returncode == 0
+        event = daemon.settled(2)
+        assert (event["kind"], event["identity"]["policy"]) == ("cold", "rotate")
+
+
 @pytest.mark.parametrize(("instance", "policy"), [("i-another", "rotate"), ("i-same", "keep")])
 def test_a_cloud_that_names_the_instance_only_after_the_early_boot_is_heard(
     guest: FakeGuest, instance: str, policy: str

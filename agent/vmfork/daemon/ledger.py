@@ -196,17 +196,18 @@ class Ledger:
         if handled_token is None and self.event is not None and self.remembered.handled:
             # The disk may have refused it to the last daemon.
             handled_token = self.event.token
-        self._save(
-            replace(
-                self.saved,
-                generation=self.generation,
+        saved = replace(self.saved, generation=self.generation, handled_token=handled_token or self.saved.handled_token)
+        seen = self.remembered.truths.get(GENERATION_ID)
+        if seen is not None or saved.generation_id is None:
+            # Not before the ID was compared in this boot: a cold fork that is noticed late needs all of this as it was.
+            saved = replace(
+                saved,
                 boot_id=self.remembered.boot_id,
-                handled_token=handled_token or self.saved.handled_token,
-                generation_id=self.remembered.truths.get(GENERATION_ID, self.saved.generation_id),
-                smbios_uuid=smbios_uuid or self.saved.smbios_uuid,
-                instance_id=instance_id or self.saved.instance_id,
+                generation_id=seen,
+                smbios_uuid=smbios_uuid or saved.smbios_uuid,
+                instance_id=instance_id or saved.instance_id,
             )
-        )
+        self._save(saved)
 
     def show_state(self, outcome: EventState) -> None:
         number = _PAGE_STATE.get(outcome)
