@@ -28,6 +28,7 @@ _GIVE_UP_NS = 5_000_000_000
 class Watched:
     """One program under test: `fork` makes what a fork leaves besides the line, `idle` waits until it rests again."""
 
+    pid: int
     kmsg: int
     page: mmap.mmap
     fork: Callable[[], None] = lambda: None
@@ -63,10 +64,10 @@ def simple(directory: Path, name: str, command: list[str]) -> Iterator[Watched]:
     os.mkfifo(kmsg)
     descriptor = os.open(kmsg, os.O_RDWR | os.O_NONBLOCK)
     try:
-        with running(pinned(1, [*command, kmsg, str(page)])):
+        with running(pinned(1, [*command, kmsg, str(page)])) as child:
             wait_until(lambda: page.exists() and page.stat().st_size == 4096 and page.read_bytes()[16] == 1, name)
             with _mapped(str(page)) as view:
-                yield Watched(kmsg=descriptor, page=view)
+                yield Watched(pid=child.pid, kmsg=descriptor, page=view)
     finally:
         os.close(descriptor)
 
@@ -83,7 +84,13 @@ def vmforkd(*, real: bool = False) -> Iterator[Watched]:
             wait_until(lambda: daemon.content().state == 0, "settled")
 
         try:
-            yield Watched(kmsg=descriptor, page=view, fork=lambda: guest.set_generation_id(os.urandom(16)), idle=settle)
+            yield Watched(
+                pid=daemon.pid,
+                kmsg=descriptor,
+                page=view,
+                fork=lambda: guest.set_generation_id(os.urandom(16)),
+                idle=settle,
+            )
         finally:
             os.close(descriptor)
 
@@ -113,6 +120,10 @@ def measure(rounds: int, pause: float = 0.03) -> Chapter:
                     value = watched.latency_us()
                     if number >= 0:
                         values[key].append(value)
+    chapter.remarks.append(
+        f"Before each sample, all rest for {pause * 1000:g} ms; the one that is asked has rested since its last"
+        f" turn, for {len(found)} times that and what the others took."
+    )
     titles = {
         "vmfork": ("edge to page", "below a root prefix in RAM"),
         "c": ("edge to page, C reference", "poll, read, compare, bump: no truth, no memory, no policy"),

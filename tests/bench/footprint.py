@@ -3,16 +3,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from bench import softdirty
-from bench.place import Daemon, can_copy, environment, fake_daemon, guest_python, real_daemon, running, scratch
+from bench.edge import simple
+from bench.place import (
+    HERE,
+    Daemon,
+    build,
+    can_copy,
+    environment,
+    fake_daemon,
+    guest_python,
+    real_daemon,
+    running,
+    scratch,
+)
 from bench.samples import Chapter, Series
 from support.fakeguest import FakeGuest
 
@@ -29,13 +42,11 @@ def memory_mib(pid: int) -> dict[str, float]:
 
 
 def wake_ups(pid: int) -> int:
-    """How often the process gave up its CPU or lost it, so far: each wake-up ends with one of the two."""
-    counts = [
-        int(line.split()[1])
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-        if line.startswith(("voluntary_ctxt", "nonvoluntary_ctxt"))
-    ]
-    return sum(counts)
+    """How often the process went to sleep, so far: what was woken up does that again once, however often it was robbed
+    of its CPU in between.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
 def measure(*, idle_sec: float, starts: int) -> Chapter:
@@ -45,17 +56,23 @@ def measure(*, idle_sec: float, starts: int) -> Chapter:
     where = "no root prefix, pyudev imported, logging to the journal; libsystemd comes with the first message"
     if reason is not None:
         where = f"below a root prefix, without pyudev and systemd-python ({reason})"
-    rss, pss, private, woken, later = [], [], [], [], []
+    rss, pss, private, later = [], [], [], []
+    woken: dict[str, list[float]] = {"vmforkd": [], "c": [], "python": []}
     for _ in range(3):
         with place() as daemon:
             time.sleep(0.5)
-            before = wake_ups(daemon.pid)
-            time.sleep(idle_sec / 3)
-            woken.append((wake_ups(daemon.pid) - before) * 180 / idle_sec)
+            # Before the other two run: one of them shares the interpreter, and so takes over a part of the PSS.
             found = memory_mib(daemon.pid)
             rss.append(found["Rss"])
             pss.append(found["Pss"])
             private.append(found["Private_Dirty"])
+            with _floors() as pids:
+                pids["vmforkd"] = daemon.pid
+                time.sleep(0.5)
+                before = {name: wake_ups(pid) for name, pid in pids.items()}
+                time.sleep(idle_sec / 3)
+                for name, pid in pids.items():
+                    woken[name].append((wake_ups(pid) - before[name]) * 180 / idle_sec)
             daemon.fork()
             later.append(memory_mib(daemon.pid)["Rss"])
     chapter.series += [
@@ -67,15 +84,30 @@ def measure(*, idle_sec: float, starts: int) -> Chapter:
             key="wake-ups",
             what="detector, idle: wake-ups per minute, live edge",
             unit="/min",
-            values=woken,
+            values=woken["vmforkd"],
             budget=0.0,
-            note=f"context switches in {idle_sec / 3:g} s, three times",
+            note=f"voluntary context switches in {idle_sec / 3:g} s, three times; those below beside it",
         ),
     ]
+    for name, what in (("c", "C reference"), ("python", "bare Python loop")):
+        idle = f"{what}, idle: wake-ups per minute"
+        chapter.series.append(Series(key=f"wake-ups-{name}", what=idle, unit="/min", values=woken[name], peer=True))
     chapter.series.append(bare_memory())
     chapter.series += start_times(starts, real=reason is None)
     chapter.series += written_pages()
     return chapter
+
+
+@contextlib.contextmanager
+def _floors() -> Iterator[dict[str, int]]:
+    """The C reference and the bare Python loop, each waiting for the same line; their process IDs."""
+    with scratch() as name, contextlib.ExitStack() as stack:
+        directory = Path(name)
+        commands = {
+            "c": [str(build("reference.c", directory / "reference"))],
+            "python": [guest_python(), "-I", str(HERE / "bare.py")],
+        }
+        yield {key: stack.enter_context(simple(directory, key, line)).pid for key, line in commands.items()}
 
 
 def bare_memory() -> Series:
@@ -131,10 +163,8 @@ def ready_ms(server: socket.socket, begin: int) -> float:
     return (time.perf_counter_ns() - begin) / 1e6
 
 
-def _start_ms(prepare: Callable[[FakeGuest], None] | None = None) -> float:
+def _start_ms() -> float:
     with scratch() as name, FakeGuest(Path(name) / "guest") as guest:
-        if prepare is not None:
-            prepare(guest)
         return start_ms(guest)
 
 
