@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m bench`: measure, keep the raw values, write the table, the plots and docs/performance.md.
 
-A chapter that was not asked for keeps the values of its last run, if there was one.
+A chapter that was not asked for keeps the values of its last run, and the machine and the date of that. The document is
+written when every chapter has values that may be quoted; a quick run has a place of its own for what it finds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from bench import calls, clones, crowd, edge, fleet, footprint, growth, guest, machine, peers, reaction, report, steps
 from bench.place import TOP
-from bench.samples import Chapter
+from bench.samples import Chapter, kept
 
 # Full and quick runs of each chapter.
 CHAPTERS: dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]] = {
@@ -36,43 +37,58 @@ CHAPTERS: dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures vmfork beside its likes.")
-    parser.add_argument("--only", metavar="CHAPTER,...", default="", help=f"of {', '.join(CHAPTERS)}")
-    parser.add_argument("--quick", action="store_true", help="few samples: to try the bench, not to quote")
-    parser.add_argument(
-        "--out", type=Path, default=TOP / "artifacts/bench", metavar="DIR", help="for raw values, plots"
-    )
-    parser.add_argument("--docs", type=Path, default=TOP / "docs", metavar="DIR", help="for performance.md")
-    options = parser.parse_args()
-    wanted = [name for name in options.only.split(",") if name] or list(CHAPTERS)
-    unknown = set(wanted) - CHAPTERS.keys()
-    if unknown:
-        parser.error(f"no such chapter: {', '.join(sorted(unknown))}")
+    options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
     where = machine.describe()
-    for name in wanted:
+    for name in options.only:
         print(f"bench: {name}", file=sys.stderr)
         chapter = CHAPTERS[name][options.quick]()
-        content = {"machine": where, **chapter.to_json()}
-        (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        chapter.machine = where
+        (options.out / f"{name}.json").write_text(json.dumps(chapter.to_json(), indent=1) + "\n")
         print(report.table([chapter]), flush=True)
-    chapters = [
-        Chapter.from_json(json.loads(path.read_text()))
-        for path in (options.out / f"{name}.json" for name in CHAPTERS)
-        if path.exists()
-    ]
+    chapters = list(kept(options.out / f"{name}.json" for name in CHAPTERS))
     drawn = report.plots(chapters, options.out)
-    svg = next((path for path in drawn if path.suffix == ".svg"), None)
-    if svg is not None:
-        (options.docs / svg.name).write_text(svg.read_text())
-    plot = svg.name if svg is not None else None
-    (options.docs / "performance.md").write_text(report.markdown(chapters, where, plot=plot))
     if not drawn:
         print("bench: no plots: matplotlib is not installed", file=sys.stderr)
+    _document(chapters, next((path for path in drawn if path.suffix == ".svg"), None), options)
     missed = [one for chapter in chapters for one in chapter.series if one.kept is False]
     for one in missed:
         print(f"bench: missed: {one.what}: {report.number(one.judged)} {one.unit}", file=sys.stderr)
     return 0
+
+
+def _options() -> argparse.Namespace:
+    """The command line; `docs` is None where nothing is to be written there."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures vmfork beside its likes.")
+    parser.add_argument("--only", metavar="CHAPTER,...", default="", help=f"of {', '.join(CHAPTERS)}")
+    parser.add_argument("--quick", action="store_true", help="few samples: to try the bench, not to quote")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for raw values, plots (default: in artifacts/)")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        metavar="DIR",
+        help="for performance.md (default: docs/ where all chapters were measured in full, else nowhere)",
+    )
+    options = parser.parse_args()
+    options.only = [name for name in options.only.split(",") if name] or list(CHAPTERS)
+    unknown = set(options.only) - CHAPTERS.keys()
+    if unknown:
+        parser.error(f"no such chapter: {', '.join(sorted(unknown))}")
+    options.out = options.out or TOP / ("artifacts/bench-quick" if options.quick else "artifacts/bench")
+    return options
+
+
+def _document(chapters: list[Chapter], svg: Path | None, options: argparse.Namespace) -> None:
+    missing = CHAPTERS.keys() - {chapter.name for chapter in chapters}
+    if options.docs is None and (options.quick or missing):
+        why = "a quick run is not to be quoted" if options.quick else f"not measured yet: {', '.join(sorted(missing))}"
+        print(f"bench: docs/performance.md stays as it is: {why}", file=sys.stderr)
+        return
+    docs: Path = options.docs or TOP / "docs"
+    docs.mkdir(parents=True, exist_ok=True)
+    if svg is not None:
+        (docs / svg.name).write_text(svg.read_text())
+    (docs / "performance.md").write_text(report.markdown(chapters, plot=svg.name if svg is not None else None))
 
 
 if __name__ == "__main__":

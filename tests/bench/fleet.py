@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from bench.reaction import first_hook
-from bench.samples import Chapter, Series
+from bench.samples import Chapter, Series, percentile
 from vmfork.actions.spread import share
 
 _RESUME_SEC = 1.0
@@ -123,11 +123,6 @@ def simulate(clones: int, reaction_sec: list[float], *, spread_sec: float, seed:
     return Outcome(finished=finished, servers=found)
 
 
-def _percentile(values: list[float], percent: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
-
-
 def measure(clones: int) -> Chapter:
     chapter = Chapter(name="fleet")
     reaction = [value / 1000 for value in first_hook(max(6, min(20, clones // 400)))[0].values]
@@ -136,7 +131,7 @@ def measure(clones: int) -> Chapter:
         runs = [simulate(clones, reaction, spread_sec=spread, seed=seed) for seed in range(3)]
         label = f"{clones:,} clones, SpreadSec={spread:g}"
         series = (
-            ("median", f"{label}: half of them done", "s", [_percentile(run.finished, 50) for run in runs]),
+            ("median", f"{label}: half of them done", "s", [percentile(run.finished, 50) for run in runs]),
             ("last", f"{label}: all of them done", "s", [max(run.finished) for run in runs]),
             ("requests", f"{label}: requests for each clone", "", [run.requests / clones for run in runs]),
             (

@@ -77,17 +77,17 @@ def measure(rounds: int) -> Chapter:
 
 def _vmfork(chapter: Chapter, rounds: int) -> Curve:
     title = "vmfork, hooks of equal order"
-    points = []
+    samples = []
     for count in COUNTS:
         times = hook_times(count, rounds)
-        points.append((float(count), Series(key="", what="", unit="ms", values=times.lasts).median))
+        samples.append((float(count), times.lasts))
         if count == 1:
             chapter.series.append(
                 Series(key="first-vmfork", what=f"{title}: event to first script", unit="ms", values=times.firsts)
             )
     with real_daemon(cpu=1) as daemon:
         _idle(chapter, "vmfork", "vmforkd", daemon.pid, peer=False)
-    return Curve(key="last-vmfork", what=title, over="scripts", unit="ms", points=points)
+    return Curve(key="last-vmfork", what=title, over="scripts", unit="ms", samples=samples)
 
 
 def _peer(
@@ -97,13 +97,13 @@ def _peer(
     start: Callable[[int], contextlib.AbstractContextManager[Running]],
     rounds: int,
 ) -> Curve:
-    points, started, note = [], [], ""
+    samples, started, note = [], [], ""
     for count in COUNTS:
         with start(count) as peer:
             started.append(peer.started_ms)
             note = peer.start_note
             found = [_one(peer) for _ in range(rounds)]
-            points.append((float(count), Series(key="", what="", unit="ms", values=[last for _, last in found]).median))
+            samples.append((float(count), [last for _, last in found]))
             if count == 1:
                 firsts = [first for first, _ in found]
                 chapter.series.append(
@@ -122,7 +122,7 @@ def _peer(
             note=note,
         )
     )
-    return Curve(key=f"last-{key}", what=title, over="scripts", unit="ms", points=points)
+    return Curve(key=f"last-{key}", what=title, over="scripts", unit="ms", samples=samples)
 
 
 def _idle(chapter: Chapter, key: str, title: str, pid: int, *, peer: bool) -> None:

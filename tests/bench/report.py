@@ -33,13 +33,15 @@ that run scripts when something happens. One command measures everything anew an
 
 ```sh
 make bench             # all of it, a quarter of an hour on an idle machine; as root for the rows that need more
-make bench ONLY=edge   # one chapter; the others keep their last values
+make bench ONLY=edge   # one chapter; the others keep their last values, with their machine and date
 ```
 
 Figures are medians, then the quartiles as their spread; n is the number of samples. Rows in italics are what vmfork is
-compared with. What is compared is taken in turns within one run, so that a busy moment of the machine hits all alike.
-The raw values are in `artifacts/bench/`.
+compared with. What is compared within a chapter is taken in turns, so that a busy moment of the machine hits all alike;
+where it is not, the chapter says so. The raw values are in `artifacts/bench/`.
 """
+# Where something was measured, but not on what.
+_OCCASION = ("date", "load")
 
 
 def number(value: float) -> str:
@@ -83,18 +85,33 @@ def table(chapters: Iterable[Chapter]) -> str:
 
 
 def _shape(curve: Curve) -> str:
-    steps = ", ".join(f"{number(size)}: {number(cost)}" for size, cost in curve.points)
-    return f"{steps} {curve.unit}; the last step costs {number(curve.bend)} times the average"
+    steps = ", ".join(
+        f"{size:g}: {number(cost)}" + (f" ({number(low)} to {number(high)})" if high > low else "")
+        for (size, cost), (low, high) in zip(curve.points, curve.spread, strict=True)
+    )
+    growth = (
+        "no growth beyond the spread"
+        if curve.bend is None
+        else f"one more costs {number(curve.bend)} times as much in the last step"
+    )
+    return f"{steps} {curve.unit}; {growth}"
 
 
-def markdown(chapters: list[Chapter], machine: dict[str, str], *, plot: str | None) -> str:
-    """docs/performance.md."""
+def markdown(chapters: list[Chapter], *, plot: str | None) -> str:
+    """docs/performance.md: first what the machines of all chapters have in common, with each chapter its own."""
+    first, *others = [chapter.machine for chapter in chapters]
+    common = {
+        key: value
+        for key, value in first.items()
+        if key not in _OCCASION and all(other.get(key) == value for other in others)
+    }
     parts = [_HEAD, "## Measured on\n"]
-    parts.append("\n".join(f"- {key}: {value}" for key, value in machine.items()) + "\n")
+    parts.append("\n".join(f"- {key}: {value}" for key, value in common.items()) + "\n")
     if plot is not None:
         parts.append(f"![Measured values beside their budgets and beside the others]({plot})\n")
     for chapter in chapters:
         parts.append(f"## {_TITLES.get(chapter.name, chapter.name)}\n")
+        parts.append(_occasion(chapter.machine, common))
         if chapter.series:
             parts.append(_table_of(chapter))
         for curve in chapter.curves:
@@ -106,6 +123,11 @@ def markdown(chapters: list[Chapter], machine: dict[str, str], *, plot: str | No
         if notes:
             parts.append("\n".join(notes) + "\n")
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _occasion(machine: dict[str, str], common: dict[str, str]) -> str:
+    own = [f"{key} {value}" for key, value in machine.items() if key not in common and key not in _OCCASION]
+    return f"Measured {'; '.join([machine['date'], 'load ' + machine['load'], *own])}.\n"
 
 
 def _table_of(chapter: Chapter) -> str:
@@ -175,7 +197,8 @@ def _events(axis: Any, chapter: Chapter | None) -> None:
         return
     for curve in chapter.curves:
         sizes, costs = zip(*curve.points, strict=True)
-        axis.plot(sizes, costs, marker="o", label=curve.what)
+        (line,) = axis.plot(sizes, costs, marker="o", label=curve.what)
+        axis.fill_between(sizes, *zip(*curve.spread, strict=True), color=line.get_color(), alpha=0.2)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("scripts")
