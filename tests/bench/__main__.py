@@ -28,7 +28,7 @@ CHAPTERS: dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]] = {
     ),
     "calls": (lambda: calls.measure(30), lambda: calls.measure(6)),
     "crowd": (lambda: crowd.measure(rounds=15, forks=1000), lambda: crowd.measure(rounds=4, forks=100)),
-    "peers": (lambda: peers.measure(15), lambda: peers.measure(3)),
+    "peers": (lambda: peers.measure(15), lambda: peers.measure(3, idle_sec=2)),
     "growth": (lambda: growth.measure(7), lambda: growth.measure(3)),
     "fleet": (lambda: fleet.measure(10_000), lambda: fleet.measure(1000)),
     "clones": (lambda: clones.measure(6, spread_sec=120), lambda: clones.measure(3, spread_sec=30)),

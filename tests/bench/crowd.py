@@ -23,10 +23,9 @@ _SUBSCRIBE = b'{"method":"io.vmfork.Subscribe","parameters":{"track":false,"afte
 
 @dataclass(slots=True, kw_only=True)
 class HookTimes:
-    """Milliseconds from the edge to the first and last hook's first instruction and to settled; xargs beside it."""
+    """Milliseconds from the edge to the first hook's first instruction and to settled; xargs beside it."""
 
     firsts: list[float] = field(default_factory=list)
-    lasts: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
     xargs: list[float] = field(default_factory=list)
 
@@ -46,7 +45,6 @@ def hook_times(count: int, rounds: int) -> HookTimes:
             end = time.monotonic_ns()
             moments = [stamps(hook)[done] for hook in hooks]
             found.firsts.append((min(moments) - begin) / 1e6)
-            found.lasts.append((max(moments) - begin) / 1e6)
             found.ends.append((end - begin) / 1e6)
             time.sleep(0.05)
             found.xargs.append(xargs_ms(program, count))

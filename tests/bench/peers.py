@@ -2,29 +2,30 @@
 """Others that run scripts when something happens, and vmfork, on the same work.
 
 They are udev, acpid, the QEMU guest agent, networkd-dispatcher and NetworkManager's dispatcher. An event arrives,
-N scripts run; each is a copy of stamp.c, so what is timed is who starts it. All run in the same kind of copy-on-write
-copy of this machine, on the same CPU, with the programs that Debian packages.
+N scripts run; each is a copy of stamp.c, so what is timed is who starts it. All run side by side, each in a
+copy-on-write copy of this machine, on the same CPU, with the programs that Debian packages; they are told in turns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.crowd import hook_times
 from bench.footprint import memory_mib, wake_ups
 from bench.peers_bus import networkd_dispatcher, nm_dispatcher
-from bench.peers_daemons import acpid, qemu_ga, udev
+from bench.peers_daemons import acpid, qemu_ga, udev, vmforkd
 from bench.peers_layer import Running, install
-from bench.place import build, can_copy, real_daemon, scratch, until
+from bench.place import build, can_copy, scratch, until
 from bench.reaction import stamps
 from bench.samples import Chapter, Curve, Series
 
 COUNTS = (1, 10, 100)
+_STARTS = 3
 
 PEERS: dict[str, tuple[str, Callable[[Path, int], contextlib.AbstractContextManager[Running]]]] = {
+    "vmfork": ("vmfork, hooks of equal order", vmforkd),
     "udev": ("systemd-udevd, RUN rules", udev),
     "acpid": ("acpid", acpid),
     "qemu-ga": ("qemu-ga, fsfreeze hook", qemu_ga),
@@ -32,106 +33,122 @@ PEERS: dict[str, tuple[str, Callable[[Path, int], contextlib.AbstractContextMana
     "nm-dispatcher": ("NetworkManager-dispatcher", nm_dispatcher),
 }
 
+_REMARKS = (
+    "All run at the same time, each in its own copy of this machine, and take turns: one event for each, round after"
+    " round, then the next number of scripts. What is told of the idle is from before their first event; a neighbour"
+    " that runs the same interpreter takes over a part of a PSS. A start includes making the namespaces and mounts of"
+    " the copy, but for the two that are told over a bus, which enter those of the bus.",
+    "vmforkd starts a fresh, unsandboxed Python process for each fork, the reactor: that is nearly all of its time"
+    " to the first script, whatever their number. The others start scripts themselves, one after the other; vmfork"
+    " runs those of equal order side by side, here on one CPU as the others.",
+    "networkd-dispatcher and NetworkManager's dispatcher are told over a system bus of their own, which is on the"
+    " way of the event, but not in their memory. To networkd-dispatcher, the event is the signal that the state of"
+    " a link has changed, emitted by a program in the place of systemd-networkd; before the scripts, it runs"
+    " networkctl to learn more about the link. To NetworkManager's dispatcher, the event is the call that"
+    " NetworkManager makes when the host name has changed; its scripts are those that wait for each other, not"
+    " those of no-wait.d. It was kept up with --persist: ordinarily, it is not there when idle, the bus starts it"
+    " for an event, and it leaves ten seconds after the last.",
+)
 
-def _one(running_peer: Running) -> tuple[float, float]:
+
+def _one(peer: Running) -> tuple[float, float]:
     """Milliseconds from one event to the first and the last script."""
-    for path in running_peer.scripts:
-        Path(f"{path}.stamp").unlink(missing_ok=True)
-    begin = running_peer.fire()
-    for path in running_peer.scripts:
-        until(lambda wanted=path: bool(stamps(wanted)), "script", seconds=20)  # type: ignore[misc]
-    moments = [stamps(path)[0] for path in running_peer.scripts]
+    before = {path: len(stamps(path)) for path in peer.scripts}
+    begin = peer.fire()
+    for path, count in before.items():
+        until(lambda path=path, count=count: len(stamps(path)) > count, "script", seconds=20)  # type: ignore[misc]
+    moments = [stamps(path)[count] for path, count in before.items()]
+    peer.rest()
     return (min(moments) - begin) / 1e6, (max(moments) - begin) / 1e6
 
 
-def measure(rounds: int) -> Chapter:
+class Field:
+    """All who take part, and what was found of each; who fails is out, with a remark."""
+
+    def __init__(self, chapter: Chapter, program: Path) -> None:
+        self._chapter = chapter
+        self._program = program
+        self._in = dict(PEERS)
+        self.found: dict[str, list[float]] = {}
+
+    @contextlib.contextmanager
+    def running(self, count: int) -> Iterator[dict[str, Running]]:
+        """Each of them up, with so many scripts."""
+        with contextlib.ExitStack() as stack:
+            up = {}
+            for key, (_, start) in list(self._in.items()):
+                try:
+                    up[key] = stack.enter_context(start(self._program, count))
+                except (TimeoutError, OSError) as error:
+                    self._leaves(key, error)
+            for key, peer in up.items():
+                self._note(f"start-{key}", peer.started_ms)
+            yield up
+
+    def idle(self, seconds: float) -> None:
+        """What each is when it has nothing to do yet."""
+        with self.running(1) as up:
+            time.sleep(2)
+            before = {key: wake_ups(peer.pid) for key, peer in up.items()}
+            time.sleep(seconds)
+            for key, peer in up.items():
+                self._note(f"wake-ups-{key}", (wake_ups(peer.pid) - before[key]) * 60 / seconds)
+                memory = memory_mib(peer.pid)
+                self._note(f"RSS-{key}", memory["Rss"])
+                self._note(f"PSS-{key}", memory["Pss"])
+
+    def told(self, count: int, rounds: int) -> None:
+        """So many events for each, in turns."""
+        with self.running(count) as up:
+            for _ in range(rounds):
+                for key, peer in list(up.items()):
+                    try:
+                        first, last = _one(peer)
+                    except (TimeoutError, OSError) as error:
+                        self._leaves(key, error)
+                        del up[key]
+                        continue
+                    self._note(f"first-{count}-{key}", first)
+                    self._note(f"last-{count}-{key}", last)
+
+    def _note(self, key: str, value: float) -> None:
+        self.found.setdefault(key, []).append(value)
+
+    def _leaves(self, key: str, error: Exception) -> None:
+        title, _ = self._in.pop(key)
+        self._chapter.remarks.append(f"{title} did not work here: {error}.")
+
+
+_ROWS = (
+    ("first-1", "event to first script", "ms"),
+    ("RSS", "idle RSS", "MiB"),
+    ("PSS", "idle PSS", "MiB"),
+    ("wake-ups", "idle wake-ups", "/min"),
+    ("start", "start to listening", "ms"),
+)
+
+
+def measure(rounds: int, idle_sec: float = 20) -> Chapter:
     chapter = Chapter(name="peers")
     reason = can_copy() or install()
     if reason is not None:
         chapter.remarks.append(f"No peer was measured: {reason}.")
         return chapter
-    chapter.remarks.append(
-        "vmforkd starts a fresh, unsandboxed Python process for each fork, the reactor: that is nearly all of its time"
-        " to the first script, whatever their number. The others start scripts themselves, one after the other; vmfork"
-        " runs those of equal order side by side."
-    )
-    chapter.remarks.append(
-        "networkd-dispatcher and NetworkManager's dispatcher are told over a system bus of their own, which is on the"
-        " way of the event, but not in their memory. To networkd-dispatcher, the event is the signal that the state of"
-        " a link has changed, emitted by a program in the place of systemd-networkd; before the scripts, it runs"
-        " networkctl to learn more about the link. To NetworkManager's dispatcher, the event is the call that"
-        " NetworkManager makes when the host name has changed; its scripts are those that wait for each other, not"
-        " those of no-wait.d. It was kept up with --persist: ordinarily, it is not there when idle, the bus starts it"
-        " for an event, and it leaves ten seconds after the last."
-    )
+    chapter.remarks += _REMARKS
     with scratch() as name:
-        program = build("stamp.c", Path(name) / "stamp", "-static")
-        chapter.curves.append(_vmfork(chapter, rounds))
-        for key, (title, start) in PEERS.items():
-            try:
-                chapter.curves.append(_peer(chapter, key, title, lambda n, s=start: s(program, n), rounds))  # type: ignore[misc]
-            except (TimeoutError, OSError) as error:
-                chapter.remarks.append(f"{title} did not work here: {error}.")
-    return chapter
-
-
-def _vmfork(chapter: Chapter, rounds: int) -> Curve:
-    title = "vmfork, hooks of equal order"
-    samples = []
-    for count in COUNTS:
-        times = hook_times(count, rounds)
-        samples.append((float(count), times.lasts))
-        if count == 1:
-            chapter.series.append(
-                Series(key="first-vmfork", what=f"{title}: event to first script", unit="ms", values=times.firsts)
-            )
-    with real_daemon(cpu=1) as daemon:
-        _idle(chapter, "vmfork", "vmforkd", daemon.pid, peer=False)
-    return Curve(key="last-vmfork", what=title, over="scripts", unit="ms", samples=samples)
-
-
-def _peer(
-    chapter: Chapter,
-    key: str,
-    title: str,
-    start: Callable[[int], contextlib.AbstractContextManager[Running]],
-    rounds: int,
-) -> Curve:
-    samples, started, note = [], [], ""
-    for count in COUNTS:
-        with start(count) as peer:
-            started.append(peer.started_ms)
-            note = peer.start_note
-            found = [_one(peer) for _ in range(rounds)]
-            samples.append((float(count), [last for _, last in found]))
-            if count == 1:
-                firsts = [first for first, _ in found]
-                chapter.series.append(
-                    Series(
-                        key=f"first-{key}", what=f"{title}: event to first script", unit="ms", values=firsts, peer=True
-                    )
+        field = Field(chapter, build("stamp.c", Path(name) / "stamp", "-static"))
+        for _ in range(_STARTS):
+            field.idle(idle_sec)
+        for count in COUNTS:
+            field.told(count, rounds)
+    for key, (title, _) in PEERS.items():
+        for row, what, unit in _ROWS:
+            if values := field.found.get(f"{row}-{key}"):
+                one = Series(
+                    key=f"{row}-{key}", what=f"{title}: {what}", unit=unit, values=values, peer=key != "vmfork"
                 )
-                _idle(chapter, key, title, peer.pid, peer=True)
-    chapter.series.append(
-        Series(
-            key=f"start-{key}",
-            what=f"{title}: start to listening",
-            unit="ms",
-            values=started,
-            peer=True,
-            note=note,
-        )
-    )
-    return Curve(key=f"last-{key}", what=title, over="scripts", unit="ms", samples=samples)
-
-
-def _idle(chapter: Chapter, key: str, title: str, pid: int, *, peer: bool) -> None:
-    time.sleep(2)
-    before = wake_ups(pid)
-    time.sleep(10)
-    woken = (wake_ups(pid) - before) * 6.0
-    found = memory_mib(pid)
-    for what, unit, value in (("RSS", "MiB", found["Rss"]), ("PSS", "MiB", found["Pss"]), ("wake-ups", "/min", woken)):
-        chapter.series.append(
-            Series(key=f"{what}-{key}", what=f"{title}: idle {what}", unit=unit, values=[value], peer=peer)
-        )
+                chapter.series.append(one)
+        lasts = [(float(count), field.found.get(f"last-{count}-{key}", [])) for count in COUNTS]
+        if all(values for _, values in lasts):
+            chapter.curves.append(Curve(key=f"last-{key}", what=title, over="scripts", unit="ms", samples=lasts))
+    return chapter

@@ -21,8 +21,6 @@ from bench.footprint import ready_ms
 from bench.peers_layer import Running, inside, layer, put_scripts
 from bench.place import copy_script, inside_environment, pinned, running, scratch, until
 
-_START_NOTE = "in namespaces and with a bus that are there already"
-
 # What both programs below begin with. GDBus answers the calls of others in a thread of its own.
 _TO_BUS = """
 import gi, os, socket, subprocess, sys, time
@@ -163,7 +161,6 @@ def networkd_dispatcher(program: Path, count: int) -> Iterator[Running]:
             fire=lambda: teller.tell(next(turns)),
             scripts=scripts,
             started_ms=started,
-            start_note=_START_NOTE,
         )
 
 
@@ -184,5 +181,4 @@ def nm_dispatcher(program: Path, count: int) -> Iterator[Running]:
             fire=lambda: teller.tell("hostname"),
             scripts=scripts,
             started_ms=started,
-            start_note=_START_NOTE,
         )

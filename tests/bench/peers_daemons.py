@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How udev, acpid and the QEMU guest agent are started, given scripts, and told of an event.
+"""How vmforkd, udev, acpid and the QEMU guest agent are started, given scripts, and told of an event.
 
-Each is the main process of a copy of this machine, and is up when its socket is there.
+Each is the main process of a copy of this machine, and is up when its socket is there, vmforkd when it says so.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.footprint import ready_ms
 from bench.peers_layer import Running, inside, layer, put_scripts
-from bench.place import copy_script, pinned, running, scratch, until
-from bench.reaction import stamps
+from bench.place import copy_script, pinned, real_daemon, running, scratch, until
 
 # A uevent in this network namespace only: root may have the kernel broadcast one (Linux 4.18 or newer).
 _INJECT = """
@@ -32,6 +33,44 @@ with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15) as sender:
         sender.sendto(struct.pack("=IHHII", 16 + len(body), 16, 5, 0, 0) + body, (0, 0))
         print(begin, flush=True)
 """
+
+
+@contextlib.contextmanager
+def vmforkd(program: Path, count: int) -> Iterator[Running]:
+    """The scripts are hooks of the admin's, of equal order."""
+    scripts: list[Path] = []
+    begin = 0
+
+    def prepare(directory: Path) -> None:
+        nonlocal begin
+        hooks = directory / "upper/etc/vmfork/hooks.d"
+        hooks.mkdir(parents=True)
+        for number in range(count):
+            scripts.append(hooks / f"50-hook{number:04}")
+            shutil.copy(program, scripts[-1])
+            scripts[-1].chmod(0o755)
+        ready.bind(str(directory / "guest/run/notify"))
+        begin = time.perf_counter_ns()
+
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
+        real_daemon(cpu=1, notify=Path("/run/notify"), more=prepare) as daemon,
+    ):
+        started = ready_ms(ready, begin)
+
+        def fire() -> int:
+            daemon.guest.set_generation_id(os.urandom(16))
+            moment = time.monotonic_ns()
+            daemon.guest.reseed_line()
+            return moment
+
+        yield Running(
+            pid=daemon.pid,
+            fire=fire,
+            scripts=scripts,
+            started_ms=started,
+            rest=lambda: daemon.settled(daemon.content().generation),
+        )
 
 
 @contextlib.contextmanager
@@ -91,9 +130,9 @@ def acpid(program: Path, count: int) -> Iterator[Running]:
             "-p",
             "/run/acpid.pid",
         ]
+        command = copy_script(directory, inner, lower=layer(directory))
         begin = time.perf_counter_ns()
         log = stack.enter_context(open(directory / "log", "wb"))
-        command = copy_script(directory, inner, lower=layer(directory))
         child = stack.enter_context(running(pinned(1, command), stderr=log, stdout=log))
         until((run / "acpid.socket").exists, "acpid is up")
         started = (time.perf_counter_ns() - begin) / 1e6
@@ -147,10 +186,9 @@ def qemu_ga(program: Path, count: int) -> Iterator[Running]:
 
         def fire() -> int:
             moment = time.monotonic_ns()
-            # Names no mounted file system, so only the hook runs; undone at once, which runs it again.
+            # Names no mounted file system, so only the hook runs; undone at once, which runs it again. Each of the
+            # calls is answered when the hook has ended.
             call("guest-fsfreeze-freeze-list", mountpoints=["/run/no-such-place"])
-            for path in scripts:
-                until(lambda wanted=path: bool(stamps(wanted)), "hook")  # type: ignore[misc]
             call("guest-fsfreeze-thaw")
             return moment
 

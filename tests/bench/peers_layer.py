@@ -64,14 +64,14 @@ def layer(directory: Path) -> str:
 class Running:
     """A peer that is up: `fire` makes one event and returns its moment, `started_ms` is how long the start took.
 
-    `start_note` says what that start includes.
+    `rest` waits until it has done all that the event asked of it.
     """
 
     pid: int
     fire: Callable[[], int]
     scripts: list[Path]
     started_ms: float
-    start_note: str = "with making the namespaces, as in the row of the detector without a root prefix"
+    rest: Callable[[], None] = lambda: None
 
 
 def put_scripts(directory: Path, program: Path, count: int) -> list[Path]:
