@@ -11,18 +11,19 @@ from bench.place import AGENT, build, environment, fake_daemon, guest_python, sc
 from bench.samples import Chapter, Series
 
 _GUARD = """
-import os, sys, time, vmfork
+import os, random, sys, time, vmfork
 guard = vmfork.Guard(source="page")
-registry = []
+reseed = (lambda: random.seed(os.urandom(16)), (), {})
 def read():
     with open(sys.argv[1], "rb") as file:
         return file.read(60)
-def callbacks():
-    # AWS SnapStart's style: a list of callables that somebody has to run; asking means looking whether it ran.
-    for func, args, kwargs in registry:
-        func(*args, **kwargs)
+def callbacks(*registry):
+    # AWS SnapStart's style: a list of callables that the platform runs after a restore; nobody can ask in between.
+    def run():
+        for func, args, kwargs in registry:
+            func(*args, **kwargs)
+    return run
 def cost(function, calls):
-    best = []
     loop = range(calls)
     begin = time.perf_counter_ns()
     for _ in loop:
@@ -34,7 +35,8 @@ def cost(function, calls):
     return (time.perf_counter_ns() - begin - empty) / calls
 for _ in range(int(sys.argv[2])):
     print(*(cost(f, n) for f, n in (
-        (guard.forked, 200000), (os.getpid, 200000), (time.monotonic, 200000), (read, 5000), (callbacks, 200000),
+        (guard.forked, 200000), (os.getpid, 200000), (time.monotonic, 200000), (read, 5000),
+        (callbacks(), 200000), (callbacks(reseed), 5000),
     )))
 """
 
@@ -107,6 +109,7 @@ def guards(rounds: int) -> list[Series]:
         ("monotonic", "time.monotonic()", None),
         ("read", "opening and reading the page", None),
         ("registry", "running an empty callback registry (SnapStart's style)", None),
+        ("registry-one", "running a registry of one callback, which seeds module random", None),
     )
     found = [
         Series(key=key, what=what, unit="ns", values=list(values), budget=budget, peer=budget is None)
