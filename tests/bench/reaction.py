@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.place import (
@@ -46,25 +47,30 @@ def stamps(path: Path) -> list[int]:
     return [one for (one,) in struct.iter_unpack("Q", data)]
 
 
-def first_hook(rounds: int) -> list[Series]:
-    """The edge, the page, and the first instruction of one hook."""
-    pages, hooks, ends = [], [], []
-    with scratch() as name:
-        program = build("stamp.c", Path(name) / "stamp", "-static")
-        with fake_daemon() as daemon:
-            hook = put_hook(daemon.guest, program, "00-stamp")
+def one_hook(
+    rounds: int, name: str = "00-stamp", prepare: Callable[[FakeGuest], None] | None = None
+) -> tuple[list[float], list[float]]:
+    """Milliseconds from the edge to the first instruction of one hook of this name, and to settled."""
+    hooks, ends = [], []
+    with scratch() as directory:
+        program = build("stamp.c", Path(directory) / "stamp", "-static")
+        with fake_daemon(prepare=prepare) as daemon:
+            hook = put_hook(daemon.guest, program, name)
             for number in range(rounds):
                 generation = daemon.content().generation + 1
                 daemon.guest.set_generation_id(os.urandom(16))
                 begin = time.monotonic_ns()
                 daemon.guest.reseed_line()
-                until(lambda wanted=generation: daemon.content().generation >= wanted, "page", pause=0.0002)  # type: ignore[misc]
-                pages.append((time.monotonic_ns() - begin) / 1e6)
                 until(lambda wanted=number: len(stamps(hook)) > wanted, "hook", pause=0.001)  # type: ignore[misc]
                 hooks.append((stamps(hook)[-1] - begin) / 1e6)
                 daemon.settled(generation)
                 ends.append((time.monotonic_ns() - begin) / 1e6)
                 time.sleep(0.1)
+    return hooks, ends
+
+
+def first_hook(rounds: int) -> list[Series]:
+    hooks, ends = one_hook(rounds)
     return [
         Series(key="first-hook", what="edge to first hook's first instruction", unit="ms", values=hooks, budget=80.0),
         Series(key="one-hook", what="edge to settled, one hook", unit="ms", values=ends),
@@ -87,14 +93,16 @@ def interpreter_share(rounds: int) -> list[Series]:
     ]
 
 
+def shipped(guest: FakeGuest) -> None:
+    """With the hooks of the package."""
+    ship_hooks(Path(guest.paths.hooks_lib))
+
+
 def whole(rounds: int) -> tuple[list[Series], list[str]]:
     """The shipped hooks, from the line to settled."""
     found, remarks = [], []
 
-    def fake(guest: FakeGuest) -> None:
-        ship_hooks(Path(guest.paths.hooks_lib))
-
-    with fake_daemon(prepare=fake) as daemon:
+    with fake_daemon(prepare=shipped) as daemon:
         found.append(
             Series(
                 key="reaction-fake",
