@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from support.tools import need
 KEEP = {"VMFORK_IDENTITY": "keep"}
 ROTATE = {"VMFORK_IDENTITY": "rotate"}
 DISCOVER, REQUEST, RELEASE = 1, 3, 7
+HALF = "00" * 7 + "80" + "00" * 8  # the fork token whose share is half of the window
 
 
 @pytest.fixture
@@ -38,6 +40,13 @@ def start_dhcpcd(network: DhcpNetwork, *more: str) -> None:
     started = network.call(dhcpcd, "-4", "--waitip", "--noarp", *more, "c0")
     assert started.returncode == 0, started.stderr
     network.wait_for(lambda: len(network.addresses()) == 1, what="an address")
+
+
+def spread(network: DhcpNetwork, seconds: int) -> None:
+    """Configure the window."""
+    settings = network.own_directory("/run/vmfork/vmfork.conf.d/spread.conf")
+    settings.parent.mkdir(parents=True)
+    settings.write_text(f"[React]\nSpreadSec={seconds}\n")
 
 
 def duid_sent(wire: Capture) -> bytes:
@@ -70,22 +79,33 @@ def test_dhclient_gets_a_new_client_id_and_another_address(network: DhcpNetwork,
 
 
 def test_a_clone_asks_when_its_share_of_the_spread_is_over(network: DhcpNetwork) -> None:
-    settings = network.own_directory("/run/vmfork/vmfork.conf.d/spread.conf")
-    settings.parent.mkdir(parents=True)
-    settings.write_text("[React]\nSpreadSec=3\n")
+    spread(network, 6)
     network.dnsmasq()
     wire = network.capture(network.server, "s0")
     start_dhclient(network)
     network.client_id(wire, REQUEST)
     wire.forget()
-    began = time.monotonic()
-    # Half of the window, whatever the hook's own time is.
-    half = (2**63).to_bytes(8, "little").hex() + "00" * 8
-    done = network.leases(environment={**KEEP, "VMFORK_FORK_TOKEN": half, "VMFORK_DEADLINE_SEC": "13"})
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        began = time.monotonic()
+        # Half of the window, whatever the hook's own time is.
+        told = {**KEEP, "VMFORK_FORK_TOKEN": HALF, "VMFORK_DEADLINE_SEC": "16"}
+        action = beside.submit(lambda: network.leases(environment=told))
+        network.wait_for(lambda: network.client_id(wire, REQUEST), timeout=40, what="a request")
+        asked = time.monotonic() - began
+        done = action.result()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "waiting 1.5 s" in done.stdout
-    assert network.client_id(wire, REQUEST)
-    assert time.monotonic() - began > 1.5
+    assert "waiting 3.0 s" in done.stdout
+    assert asked >= 3
+
+
+def test_a_share_that_the_hook_has_no_time_for_is_a_failure_at_once(network: DhcpNetwork) -> None:
+    spread(network, 60)
+    told = {**KEEP, "VMFORK_FORK_TOKEN": HALF, "VMFORK_DEADLINE_SEC": "30"}
+    done = network.leases(environment=told)
+    assert done.returncode == 1
+    assert "waiting" not in done.stdout
+    assert "share of SpreadSec= ends in 30.0 s, and TimeoutSec= ends the hook in 2" in done.stderr
+    assert "raise TimeoutSec= of this hook" in done.stderr
 
 
 def test_dhclient_confirms_its_lease_when_the_identity_is_kept(network: DhcpNetwork) -> None:

@@ -3,7 +3,7 @@
 
 A clone's share counts from the moment at which it noticed the fork, so that what has waited once waits no more: neither
 the next hook nor one that is run again. The reactor gives the hooks that wait (settings.SPREADING_HOOKS) the window on
-top of their time-out.
+top of their time-out; a hook of another name that calls such an action has to have the time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import time
 
 from vmfork import config, settings
 from vmfork.actions.contract import ActionContext
+from vmfork.errors import ActionError
 
 _LEASES_HOOK = "40-leases"
+# What asking takes where the server answers: a wait that leaves less would end in a time-out that blames the server.
+_ASKING_SEC = 2.0
 
 
 def share(token: bytes, window: float) -> float:
@@ -40,11 +43,20 @@ def left(context: ActionContext, window: float) -> float:
 
 
 def wait(context: ActionContext) -> None:
-    """Wait until this clone's share is over, at most until the hook's deadline."""
+    """Wait until this clone's share is over; ActionError where the hook has no time to ask anything after that."""
     seconds = left(context, window(context))
-    if seconds > 0 and not context.would(f"wait {seconds:.1f} s, what is left of this clone's share of SpreadSec="):
-        context.say(f"waiting {seconds:.1f} s, what is left of this clone's share of SpreadSec=")
-        time.sleep(min(seconds, context.run.remaining(seconds)))
+    if seconds <= 0 or context.would(f"wait {seconds:.1f} s, what is left of this clone's share of SpreadSec="):
+        return
+    given = context.run.remaining(seconds + _ASKING_SEC)
+    if given < seconds + _ASKING_SEC:
+        raise ActionError(
+            f"this clone's share of SpreadSec= ends in {seconds:.1f} s, and TimeoutSec= ends the hook in {given:.1f} s",
+            hint="raise TimeoutSec= of this hook by SpreadSec=; without that, only "
+            + ", ".join(sorted(settings.SPREADING_HOOKS))
+            + " get it on top",
+        )
+    context.say(f"waiting {seconds:.1f} s, what is left of this clone's share of SpreadSec=")
+    time.sleep(seconds)
 
 
 def leases_will_follow(context: ActionContext) -> bool:
