@@ -97,10 +97,11 @@ SPREAD_SEC = Setting(
     key="SpreadSec",
     default="0",
     parse=seconds_or_zero,
-    summary="Window after the fork over which clones spread what they ask of DHCP servers, by fork token; 0 is off.",
+    summary="Window after the fork over which clones spread what they ask of shared servers, by fork token; 0 is off. "
+    "Hooks that come after one that waits begin later, too.",
 )
 # The hooks that wait for this clone's turn in that window; it comes on top of their time-out.
-SPREADING_HOOKS = frozenset(("35-mac-address", "40-leases"))
+SPREADING_HOOKS = frozenset(("30-hostname", "35-mac-address", "40-leases", "55-wireguard"))
 
 GENERAL: tuple[Setting[float] | Setting[str] | Setting[bool], ...] = (
     POLL_INTERVAL_SEC,

@@ -100,3 +100,23 @@ def test_networkd_is_left_to_the_leases_hook_where_clones_are_spread() -> None:
 def test_a_networkd_that_has_no_dhcp_is_restarted_with_the_machine_id() -> None:
     units = asked("machine_id._to_restart(forked)", script="rm /run/systemd/netif/leases/2")
     assert "systemd-networkd.service" in units
+
+
+def test_the_command_that_gives_a_host_name_is_asked_when_the_share_is_over() -> None:
+    command = "[React]\nSpreadSec=1\n[Hook 30-hostname]\nCommand=/run/programs/name\n"
+    script = "printf '#!/bin/sh\\necho clone\\n' > /run/programs/name; chmod 755 /run/programs/name\n"
+    done = run(script + "action hostname < /dev/null; hostname", configuration=command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("waiting 0.5 s")
+    assert done.stdout.splitlines()[-1] == "clone"
+
+
+@pytest.mark.parametrize(("key", "waits"), [("PublishCommand=/bin/true", True), ("Persist=yes", False)])
+def test_a_new_key_waits_for_the_share_where_it_is_published(key: str, *, waits: bool) -> None:
+    need("ip", package="iproute2")
+    configuration = f"[React]\nSpreadSec=1\n[Hook 55-wireguard]\nInterfaces=wg*\n{key}\n"
+    script = "ip link add wg0 type veth peer name other\naction wireguard --dry-run < /dev/null"
+    done = run(script, configuration=configuration)
+    assert done.returncode == 0, done.stderr
+    assert ("would wait 0.5 s" in done.stdout) is waits
+    assert "would give wg0 a new private key" in done.stdout

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from support.actions import prepared
+from support.actions import prepared, write
+from vmfork import config
 from vmfork.actions import spread
 from vmfork.config import HookSettings
 from vmfork.model import ForkEvent, Identity, IdentityPolicy, Kind
 from vmfork.reactor.session import Rules
-from vmfork.settings import SPREADING_HOOKS
+from vmfork.settings import SPREAD_SEC, SPREADING_HOOKS
 
 HALF = (2**63).to_bytes(8, "little") + bytes(8)
 
@@ -70,9 +71,11 @@ def test_the_latest_clone_waits_nearly_the_whole_window() -> None:
     assert left(b"\xff" * 16, 600, noticed_sec_ago=0) == pytest.approx(600, abs=1)
 
 
-def test_below_a_root_and_in_the_early_boot_nobody_waits(tmp_path: Path) -> None:
-    assert spread.window(prepared(tmp_path).context) == 0
-    assert spread.window(prepared("", early=True).context) == 0
+def test_below_a_root_nobody_waits(tmp_path: Path) -> None:
+    write(tmp_path / "etc/vmfork/vmfork.conf", "[React]\nSpreadSec=60\n")
+    context = prepared(tmp_path).context
+    assert config.load(context.paths).get(SPREAD_SEC) == 60
+    assert spread.window(context) == 0
 
 
 @pytest.mark.parametrize("own", [None, 7.0])
@@ -81,7 +84,7 @@ def test_a_hook_that_waits_for_its_turn_gets_the_window_on_top_of_its_time(own: 
         timeout_sec=30, hook=lambda _: HookSettings(timeout_sec=own), spread_sec=60, spreading=SPREADING_HOOKS
     )
     plain = 30 if own is None else own
-    assert rules.limits("40-leases").timeout_sec == plain + 60
-    assert rules.limits("35-mac-address.sh").timeout_sec == plain + 60
+    for name in ("30-hostname", "35-mac-address.sh", "40-leases", "55-wireguard"):
+        assert rules.limits(name).timeout_sec == plain + 60
     assert rules.limits("25-ssh-host-keys").timeout_sec == plain
     assert rules.limits("40-leases", early=True).timeout_sec == plain

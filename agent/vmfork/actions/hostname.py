@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 
 from vmfork import settings
-from vmfork.actions import files
+from vmfork.actions import files, spread
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.errors import ActionError, ActionSkipped
 
@@ -30,6 +30,8 @@ def after_fork(context: ActionContext) -> None:
     if command:
         if context.would(f"set the host name to what {command[0]} prints (now {old or 'none'})"):
             return
+        # It may well ask a server that all clones share.
+        spread.wait(context)
         new = _printed_by(context, command)
     elif template:
         new = check_name(expand(template, context.token))

@@ -15,7 +15,7 @@ import os
 import re
 
 from vmfork import settings
-from vmfork.actions import files, netlink
+from vmfork.actions import files, netlink, spread
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.netlink import Link
 from vmfork.errors import ActionError, ActionSkipped
@@ -38,6 +38,9 @@ def after_fork(context: ActionContext) -> None:
     chosen = [link for link in links if any(fnmatch.fnmatchcase(link.name, pattern) for pattern in patterns)]
     if not chosen:
         raise ActionSkipped(f"no interface is named {' or '.join(patterns)}")
+    if context.get(settings.WIREGUARD_PUBLISH):
+        # The registry of keys is one for all clones; until then the old key is in service, as the registry knows it.
+        spread.wait(context)
     problems = []
     for link in chosen:
         try:
