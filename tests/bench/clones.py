@@ -79,10 +79,24 @@ def measure(clones: int, *, spread_sec: float) -> Chapter:
         f"These guests are emulated, {clones} of them on {os.cpu_count()} processors, which alone make them late and"
         " keep them apart: the rows for SpreadSec=0 show by how much, and a turn that comes sooner is not seen."
         " Real clones react within a second, so that without SpreadSec= they would ask closer together than here.",
+        _of_the_window(chapter, spread_sec),
         f"A clone alone sends up to three messages within a second, so that chance decides how many of {clones} clones'"
         f" messages one second holds; hence the rows for {_NEAR_SEC:g} seconds.",
     ]
     return chapter
+
+
+def _of_the_window(chapter: Chapter, spread_sec: float) -> str:
+    """What SpreadSec= has changed for the server, by the values."""
+    without, spread = (
+        {key: chapter[f"{key}-{window:g}"].median for key in ("apart", "near", "crowd")} for window in (0.0, spread_sec)
+    )
+    return (
+        f"With SpreadSec={spread_sec:g} the clones began within {spread['apart']:.1f} s instead of"
+        f" {without['apart']:.1f} s. Within {_NEAR_SEC:g} s at most {spread['near']:.0f} of them began instead of"
+        f" {without['near']:.0f}, and the server had at most {spread['crowd']:.0f} messages to answer instead of"
+        f" {without['crowd']:.0f}."
+    )
 
 
 def _saved(wire: Switch, directory: Path, windows: Sequence[float]) -> tuple[dict[float, Saved], str]:
@@ -144,8 +158,12 @@ def _resumed(wire: Switch, saved: Saved, count: int) -> list[Clone]:
 
 
 def _leased(wire: Switch) -> set[str]:
-    """The MAC addresses that have leases, without the one that all clones begin with."""
-    return {line.split()[1] for line in wire.leases.read_text().splitlines()} - {MAC}
+    """The MAC addresses that have leases, without the one that all clones begin with.
+
+    dnsmasq rewrites the file in place: a line may be cut off.
+    """
+    lines = (line.split() for line in wire.leases.read_text().splitlines())
+    return {words[1] for words in lines if len(words) > 3} - {MAC}
 
 
 def most_within(times: Sequence[float], seconds: float) -> int:
