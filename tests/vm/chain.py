@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ _HISTORY_BYTES_PER_FORK = 8192
 _STATE_BYTES = 4096
 _RSS_GROWTH_KIB = 1024
 _SETTLING = 10  # links before a figure is compared with later ones
+_LEAST = 3  # links that are compared with as many
 
 # The detector is what is looked at. Under emulation a reaction takes seconds, so of the shipped hooks one is left.
 _ONE_HOOK = "".join(
@@ -66,6 +68,26 @@ class Link:
     history: int
     latency_us: int | None
     seconds: float
+
+
+def growth(links: Sequence[Link]) -> Iterator[str]:
+    """What the last third of the links after the settling holds more than the first; what is too large on disk.
+
+    Medians of parts that have no link in common: a connection that happens to be open when a link is looked at is no
+    growth.
+    """
+    part = (len(links) - _SETTLING) // 3
+    if part < _LEAST:
+        return
+    early, late = links[_SETTLING : _SETTLING + part], links[-part:]
+    for name, allowed in (("rss_kib", _RSS_GROWTH_KIB), ("threads", 0), ("descriptors", 0)):
+        before, after = (statistics.median_high(getattr(link, name) for link in some) for some in (early, late))
+        if after - before > allowed:
+            yield f"{name} grew from {before} to {after}"
+    if links[-1].state > _STATE_BYTES:
+        yield f"state.json has {links[-1].state} bytes"
+    if links[-1].history > _HISTORY_BYTES_PER_FORK * len(links):
+        yield f"history.jsonl has {links[-1].history} bytes after {len(links)} forks"
 
 
 class Chain:
@@ -116,22 +138,8 @@ class Chain:
         self.problems += [f"link {generation}: {sentence}" for sentence in wrong]
 
     def judge_growth(self) -> None:
-        """What the last links hold against the first ones after the settling."""
-        if len(self.links) <= 2 * _SETTLING:
-            return
-        early, late = self.links[_SETTLING : 2 * _SETTLING], self.links[-_SETTLING:]
-        before, after = (statistics.median(link.rss_kib for link in part) for part in (early, late))
-        if after - before > _RSS_GROWTH_KIB:
-            self.problems.append(f"RSS grew from {before:.0f} to {after:.0f} KiB")
-        for name in ("threads", "descriptors"):
-            first, last = (max(getattr(link, name) for link in part) for part in (early, late))
-            if last > first:
-                self.problems.append(f"{name} grew from {first} to {last}")
-        last_link = self.links[-1]
-        if last_link.state > _STATE_BYTES:
-            self.problems.append(f"state.json has {last_link.state} bytes")
-        if last_link.history > _HISTORY_BYTES_PER_FORK * len(self.links):
-            self.problems.append(f"history.jsonl has {last_link.history} bytes after {len(self.links)} forks")
+        """Add what has grown to the problems."""
+        self.problems += growth(self.links)
 
     def summary(self) -> str:
         """A line for each figure: first, median, last."""
