@@ -21,9 +21,9 @@ from vmfork.history import KEPT
 _STRAIGHT = 2.0
 
 
-def hooks(rounds: int) -> Curve:
+def hooks(rounds: int, sizes: Sequence[int] = (1, 10, 100, 300, 1000)) -> Curve:
     samples = []
-    for count in (1, 10, 100, 300, 1000):
+    for count in sizes:
         samples.append((float(count), hook_times(count, rounds if count < 300 else 3).ends))
     return Curve(key="hooks", what="edge to settled", over="hooks", unit="ms", samples=samples)
 
