@@ -32,7 +32,7 @@ How fast vmfork is and what it costs, measured beside a minimal C program, besid
 that run scripts when something happens. One command measures everything anew and writes this file:
 
 ```sh
-make bench             # all of it, a quarter of an hour on an idle machine; as root for the rows that need more
+make bench             # all of it, tens of minutes on an idle machine; as root for the rows that need more
 make bench ONLY=edge   # one chapter; the others keep their last values, with their machine and date
 ```
 
