@@ -58,8 +58,10 @@ def _mapped(path: str) -> Iterator[mmap.mmap]:
 
 
 @contextlib.contextmanager
-def simple(directory: Path, name: str, command: list[str]) -> Iterator[Watched]:
-    """A program that takes a kernel log and a page as its arguments."""
+def simple(
+    directory: Path, name: str, command: list[str], *, fork: Callable[[], None] = lambda: None
+) -> Iterator[Watched]:
+    """A program that takes a kernel log and a page as its last arguments."""
     kmsg, page = str(directory / f"{name}.kmsg"), directory / f"{name}.page"
     os.mkfifo(kmsg)
     descriptor = os.open(kmsg, os.O_RDWR | os.O_NONBLOCK)
@@ -67,7 +69,7 @@ def simple(directory: Path, name: str, command: list[str]) -> Iterator[Watched]:
         with running(pinned(1, [*command, kmsg, str(page)])) as child:
             wait_until(lambda: page.exists() and page.stat().st_size == 4096 and page.read_bytes()[16] == 1, name)
             with _mapped(str(page)) as view:
-                yield Watched(pid=child.pid, kmsg=descriptor, page=view)
+                yield Watched(pid=child.pid, kmsg=descriptor, page=view, fork=fork)
     finally:
         os.close(descriptor)
 
@@ -95,6 +97,16 @@ def vmforkd(*, real: bool = False) -> Iterator[Watched]:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def same_steps(directory: Path) -> Iterator[Watched]:
+    """The steps of vmforkd in C, on files like its own."""
+    with FakeGuest(directory / "same") as guest:
+        files = [guest.paths.fw_cfg_guid, guest.paths.devices, str(directory / "note")]
+        command = [str(build("same.c", directory / "same-steps")), *files]
+        with simple(directory, "steps", command, fork=lambda: guest.set_generation_id(os.urandom(16))) as watched:
+            yield watched
+
+
 def measure(rounds: int, pause: float = 0.03) -> Chapter:
     """Interleaved samples of all; the pause lets every program and CPU become idle."""
     chapter = Chapter(name="edge")
@@ -106,6 +118,7 @@ def measure(rounds: int, pause: float = 0.03) -> Chapter:
             "python": stack.enter_context(
                 simple(directory, "python", [guest_python(), "-I", str(HERE / "bare.py")]),
             ),
+            "same": stack.enter_context(same_steps(directory)),
         }
         reason = can_copy()
         if reason is None:
@@ -128,6 +141,7 @@ def measure(rounds: int, pause: float = 0.03) -> Chapter:
         "vmfork": ("edge to page", "below a root prefix in RAM"),
         "c": ("edge to page, C reference", "poll, read, compare, bump: no truth, no memory, no policy"),
         "python": ("edge to page, bare Python loop", "the same in 30 lines of Python"),
+        "same": ("edge to page, vmforkd's steps in C", "every system call that vmforkd makes, in its order"),
         "real": ("edge to page, no root prefix", "in namespaces: real RNG ioctls, netlink socket, libraries"),
     }
     for key, (what, note) in titles.items():
@@ -156,6 +170,9 @@ def measure(rounds: int, pause: float = 0.03) -> Chapter:
         )
     )
     chapter.series.append(ratio("edge-ratio", "edge to page over the C reference", own, chapter["edge-c"], budget=3.0))
+    chapter.series.append(
+        ratio("edge-same-ratio", "edge to page over its steps in C", own, chapter["edge-same"], budget=3.0)
+    )
     chapter.series.append(
         ratio("edge-python-ratio", "bare Python over the C reference", chapter["edge-python"], chapter["edge-c"])
     )
