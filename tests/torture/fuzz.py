@@ -158,7 +158,7 @@ def fuzz(seconds: int, names: tuple[str, ...] = NAMES) -> Iterator[Outcome]:
         yield from pool.map(lambda name: _fuzz_one(name, each), names)
 
 
-def fuzz_row(seconds: int) -> Row:
+def fuzz_row(seconds: int) -> Iterator[Row]:
     """All targets as one row."""
     row = Row(name="hostile input")
     for outcome in fuzz(seconds):
@@ -166,7 +166,7 @@ def fuzz_row(seconds: int) -> Row:
         row.check(outcome.tried > 0, f"{outcome.name} tried nothing: {outcome.said[-300:]}")
         row.check(outcome.broken is None, f"{outcome.name} was broken: {outcome.said[-600:]}")
     row.note = f"{len(NAMES)} targets, {'atheris' if guided() else 'hypothesis'}"
-    return row
+    yield row
 
 
 def main() -> int:

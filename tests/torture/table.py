@@ -11,7 +11,11 @@ _HEADS = ("fault class", "cases", "forks sent", "forks seen", "hooks run", "viol
 
 @dataclass(slots=True, kw_only=True)
 class Row:
-    """One class of faults: how much was tried, and each broken promise as a sentence."""
+    """One class of faults: how much was tried, and each broken promise as a sentence.
+
+    Every fork that is sent has to be seen. `coalesces` is for forks that nobody could have waited for one by one: of
+    these the last has to be seen, and no more than were sent.
+    """
 
     name: str
     cases: int = 0
@@ -20,19 +24,28 @@ class Row:
     hooks: int = 0
     violations: list[str] = field(default_factory=list)
     note: str = ""
+    coalesces: bool = False
 
     def add(self, other: Row) -> None:
         """Count another row of the same class into this one."""
+        other.balance()
         self.cases += other.cases
         self.sent += other.sent
         self.seen += other.seen
         self.hooks += other.hooks
         self.violations += other.violations
+        self.coalesces = self.coalesces or other.coalesces
 
     def check(self, holds: bool, sentence: str) -> None:
-        """Note a violation unless the promise holds."""
-        if not holds:
-            self.violations.append(f"{self.name}: {sentence}")
+        """Note a violation, once, unless the promise holds."""
+        told = f"{self.name}: {sentence}"
+        if not holds and told not in self.violations:
+            self.violations.append(told)
+
+    def balance(self) -> None:
+        """Hold the forks that were seen against those that were sent: nothing is lost, nothing invented."""
+        fewest = min(1, self.sent) if self.coalesces else self.sent
+        self.check(fewest <= self.seen <= self.sent, f"{self.sent} forks were sent, {self.seen} seen")
 
     def cells(self) -> tuple[str, ...]:
         numbers = (self.cases, self.sent, self.seen, self.hooks, len(self.violations))
@@ -45,6 +58,8 @@ def render(rows: Iterable[Row]) -> str:
     total = Row(name="total")
     for row in rows:
         total.add(row)
+    if total.coalesces:
+        total.note = "forks sent and seen differ in rows that coalesce, nowhere else"
     lines = [_HEADS, *(row.cells() for row in rows), total.cells()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADS))]
     last = len(_HEADS) - 1
