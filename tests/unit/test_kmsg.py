@@ -76,6 +76,15 @@ def test_lines_are_counted_and_the_newest_time_is_kept(guest: FakeGuest) -> None
     assert edge.drain().words == 0
 
 
+def test_a_flood_in_few_reads_does_not_keep_the_detector_from_looking_at_the_truths(guest: FakeGuest) -> None:
+    edge = Kmsg(guest.paths, after=None)
+    for _ in range(10):
+        guest.kmsg_bytes(b"6,1,1,-;\n" * 600)
+    guest.kmsg_line(RESEED_LINE)
+    first, second = edge.drain(), edge.drain()
+    assert [(heard.words, heard.more) for heard in (first, second)] == [(0, True), (1, False)]
+
+
 def test_a_line_without_its_end_is_kept_until_the_rest_comes(guest: FakeGuest) -> None:
     edge = Kmsg(guest.paths, after=None)
     guest.kmsg_bytes(b"5,1,1,-;" + FORK_LINE[:20])

@@ -115,14 +115,14 @@ class Kmsg:
     def drain(self) -> Heard:
         if self._descriptor < 0:
             return NOTHING
-        words, lost, newest = 0, self._missed, None
+        words, lost, newest, left = 0, self._missed, None, _RECORDS_PER_WAKE_UP
         self._missed = False
-        for _ in range(_RECORDS_PER_WAKE_UP):
+        while left > 0:
             try:
                 chunk = os.read(self._descriptor, _RECORD_BYTES)
             except OSError as error:
                 if error.errno == errno.EPIPE:
-                    lost = True  # the ring overtook us; the next read goes on at its oldest record
+                    lost, left = True, left - 1  # the ring overtook us; the next read goes on at its oldest record
                     continue
                 if error.errno not in (errno.EAGAIN, errno.EINTR):
                     # Nothing more will come from here: somebody else has to watch from now on.
@@ -132,7 +132,9 @@ class Kmsg:
                 return Heard(words=words, lost=lost, record_us=newest)
             if not chunk:
                 return Heard(words=words, lost=lost, record_us=newest)
-            for record in self._records(chunk):
+            records = self._records(chunk)
+            left -= max(1, len(records))
+            for record in records:
                 lost = lost or self._is_gap(record)
                 if record.announces_fork:
                     words, newest = words + 1, record.microseconds
