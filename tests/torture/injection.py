@@ -50,6 +50,8 @@ CHANGES = (
 )
 # strace's own word in its log for a program that did not survive.
 KILLED = "+++ killed by SIGKILL +++"
+# And for a call that it answered for the kernel.
+INJECTED = "(INJECTED)"
 _CALL = re.compile(r"([a-z_0-9]+)\(")
 
 
@@ -90,10 +92,13 @@ def counted(log: str) -> Counter[str]:
     return found
 
 
-def strace_of(pid: int, calls: Sequence[str], fault: str, paths: Sequence[str]) -> list[str]:
+def strace_of(
+    pid: int, calls: Sequence[str], fault: str, paths: Sequence[str], *, log: Path | None = None
+) -> list[str]:
     """The command that does this to all `calls` of a process that runs already; with `paths` to those alone."""
     names = ",".join(f"?{call}" for call in calls)
-    command = ["strace", "-o", "/dev/null", "-p", str(pid), "-e", f"trace={names}", "-e", f"inject={names}:{fault}"]
+    command = ["strace", "-o", str(log) if log is not None else "/dev/null", "-p", str(pid)]
+    command += ["-e", f"trace={names}", "-e", f"inject={names}:{fault}"]
     for path in paths:
         command += ["-P", path]
     return command

@@ -114,6 +114,11 @@ class LiveGuest:
         """The generations of the history."""
         return [one.generation for one in history.load(self.guest.paths).events]
 
+    def last_id(self) -> bytes | None:
+        """The generation ID of the history's newest fork."""
+        events = history.load(self.guest.paths).events
+        return events[-1].generation_id if events else None
+
     def ran(self) -> list[str]:
         path = self.guest.root / "ran"
         return path.read_text().split() if path.exists() else []

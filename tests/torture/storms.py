@@ -17,15 +17,20 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torture.injection import Attached, strace_of
+from torture.injection import INJECTED, Attached, strace_of
 from torture.liveguest import LiveGuest
 from torture.scenario import PATIENCE_SEC, Broken
 from torture.table import Row
 from vmfork import history
+from vmfork.edges.kmsg import FORK_LINE
 from vmfork.errors import VmforkError
 from vmfork.page import GENERATION_OFFSET, PAGE_SIZE, read_page
 
-_RSS_PER_1000_FORKS = 1 << 20
+# What 8000 forks may cost in memory, and how much of it any number of them may: a page here and there. A leak of one
+# event for each fork is 260 KiB in 800.
+_RSS_PER_FORK = (1 << 20) / 8000
+_RSS_NOISE = 128 << 10
+_FORK = b"5,1,1,-;%s\n" % FORK_LINE
 _FOREIGN = b"6,1,1,-;systemd[1]: Started a unit that has nothing to do with forks at all.\n"
 
 
@@ -47,24 +52,31 @@ class _Counter:
             self._map = mmap.mmap(file.fileno(), PAGE_SIZE, prot=mmap.PROT_READ)
         self._view = memoryview(self._map).cast("Q")
 
-    def wait_for(self, generation: int) -> None:
+    @property
+    def generation(self) -> int:
+        return self._view[GENERATION_OFFSET // 8]
+
+    def wait_for(self, generation: int, meanwhile: Callable[[], object] = lambda: time.sleep(0.0002)) -> None:
         end = time.monotonic() + PATIENCE_SEC
-        while (now := self._view[GENERATION_OFFSET // 8]) != generation:
+        while (now := self.generation) != generation:
             if now > generation:
                 raise Broken(f"{generation - 1} forks were sent and {now - 1} seen")
             if time.monotonic() > end:
                 raise Broken(f"the page stays at {now}, not {generation}")
-            time.sleep(0.0002)
+            meanwhile()
 
 
-def in_a_row(forks: int) -> Row:
-    """Each fork the moment the page shows the one before; the daemon's memory must not follow their number."""
+def in_a_row(forks: int, *, warm_up: int) -> Row:
+    """Each fork the moment the page shows the one before; the daemon's memory must not follow their number.
+
+    It has grown when the history is cut for the first time, soon after its thousandth line: before the end of the
+    warm-up, or never.
+    """
     with LiveGuest("forks in a row") as live:
         row = live.row
         with _broken_is_a_violation(row):
             pid = live.start()
             counter = _Counter(live.guest.paths.generation_page)
-            warm_up = forks // 5
             before, open_before, began = 0, 0, time.monotonic()
             for number in range(1, forks + 1):
                 live.fork()
@@ -79,11 +91,29 @@ def in_a_row(forks: int) -> Row:
             kept = live.events()
             row.check(kept == list(range(forks + 2 - len(kept), forks + 2)), "the history has a gap")
             row.check(len(kept) == min(forks, history.KEPT), f"the history keeps {len(kept)}")
-            allowed = _RSS_PER_1000_FORKS * max(1, (forks - warm_up) // 1000)
+            allowed = max(_RSS_NOISE, _RSS_PER_FORK * (forks - warm_up))
             row.check(grown <= allowed, f"{grown} bytes more after {forks - warm_up} forks")
             row.check(descriptors(pid) <= open_before + 2, "descriptors were left open")
             row.hooks += len(live.ran())
-            row.note = f"{rate:.0f}/s, RSS {grown / 1024:+.0f} KiB"
+            row.note = f"{rate:.0f}/s, RSS {grown / 1024:+.0f} KiB in the last {forks - warm_up}"
+        return row
+
+
+def burst(forks: int) -> Row:
+    """Forks as fast as they can be sent, none awaited: the last is seen, whatever became of those before it."""
+    with LiveGuest("forks nobody waits for") as live:
+        row = live.row
+        row.coalesces = True
+        with _broken_is_a_violation(row):
+            live.start()
+            for _ in range(forks):
+                last = live.fork()
+            live.until(lambda: live.last_id() == last, "the history ends with the last fork")
+            live.until(live.is_over, "the last fork settled")
+            row.seen += read_page(live.guest.paths.generation_page).generation - 1
+            row.check(live.events() == list(range(2, row.seen + 2)), "page and history differ")
+            row.hooks += len(live.ran())
+            row.note = "coalesces"
         return row
 
 
@@ -136,6 +166,53 @@ def overruns(forks: int) -> Iterator[Row]:
                 row.seen += len(live.events())
                 row.hooks += len(live.ran())
             yield row
+
+
+def flood_with_overruns(lines: int, forks: int, *, readable: bool) -> Row:
+    """Foreign lines without end, of which every seventh read finds that the ring overtook it, and forks among them.
+
+    In turn a fork's own line is read with the others, is lost with them, and is read when other signs have already
+    told of the fork. One fork each time.
+    """
+    with LiveGuest(f"flood with overruns, ID {'readable' if readable else 'unreadable'}") as live:
+        row, trace, written = live.row, live.top / "trace", 0
+        if not readable:
+            Path(live.guest.paths.fw_cfg_guid).unlink()
+        _interrupts(live, 0)
+        with _broken_is_a_violation(row), open(live.guest.paths.kmsg, "wb", buffering=0) as log:
+
+            def foreign() -> None:
+                nonlocal written
+                written += log.write(_FOREIGN * 50) // len(_FOREIGN)
+
+            pid = live.start()
+            counter = _Counter(live.guest.paths.generation_page)
+            overrun = strace_of(pid, ("read",), "error=EPIPE:when=1+7", (live.guest.paths.kmsg,), log=trace)
+            with Attached(overrun):
+                for number in range(1, forks + 1):
+                    while written < lines * number // forks:
+                        foreign()
+                    # The kernel counts the interrupt before it writes its line.
+                    _interrupts(live, number)
+                    if readable:
+                        live.guest.set_generation_id(os.urandom(16))
+                    row.sent += 1
+                    if number % 3 == 1:
+                        log.write(_FORK)
+                    counter.wait_for(number + 1, foreign)
+                    if number % 3 == 0:
+                        log.write(_FORK)
+                # Whatever is still to be read makes no fork.
+                for _ in range(50):
+                    foreign()
+            live.until(live.is_over, "the last fork settled")
+            live.until(lambda: len(live.events()) >= forks, "the history has all forks")
+        row.seen += read_page(live.guest.paths.generation_page).generation - 1
+        row.hooks += len(live.ran())
+        lost = trace.read_text().count(INJECTED)
+        row.check(lost >= forks, f"only {lost} overruns")
+        row.note = f"{written} lines, {lost} overruns"
+        return row
 
 
 def _interrupts(live: LiveGuest, count: int) -> None:
@@ -208,10 +285,15 @@ def _broken_is_a_violation(row: Row) -> Iterator[None]:
 
 
 def storms(*, every: int = 1) -> dict[str, Callable[[], Iterator[Row]]]:
-    """All of them, by name; with `every` n each is an n-th as long."""
+    """All of them, by name; with `every` n each is about an n-th as long."""
+    forks, warm_up = (10_000, 2_000) if every == 1 else (1_000, 200)
     return {
-        "forks in a row": lambda: iter([in_a_row(10_000 // every)]),
+        "forks in a row": lambda: iter([in_a_row(forks, warm_up=warm_up)]),
+        "forks nobody waits for": lambda: iter([burst(200)]),
         "foreign kernel log lines": lambda: iter([flood(1_000_000 // every, 20)]),
         "overruns": lambda: overruns(20),
+        "flood with overruns": lambda: (
+            flood_with_overruns(1_000_000 // every, 60, readable=readable) for readable in (True, False)
+        ),
         "bad moments": lambda: at_bad_moments(max(1, 100 // every)),
     }

@@ -23,8 +23,7 @@ from vmfork.daemon.loop import Loop
 from vmfork.daemon.sources import VMCLOCK, Sources
 from vmfork.daemon.timer import Timer
 from vmfork.detector import GENERATION_ID, Decision, Memory, WakeUp, decide
-from vmfork.edges import NOTHING, Heard
-from vmfork.edges.interrupts import moved, read_counters
+from vmfork.edges import NOTHING, Heard, interrupts
 from vmfork.edges.logclock import record_age_us
 from vmfork.model import UNDECIDED, Detection, ForkEvent, HookResult, Identity, IdentityPolicy, Kind, SourceStatus
 from vmfork.paths import Paths
@@ -68,7 +67,7 @@ class Watch:
         if saved.generation_id is not None:
             truths.setdefault(GENERATION_ID, saved.generation_id)
         self._memory = Memory(truths=truths, credits=remembered.credits)
-        self._interrupts: Mapping[str, int] = remembered.interrupts or read_counters(paths)
+        self._interrupts = interrupts.Counters(paths, remembered.interrupts)
         self.sources = Sources(paths, config, kmsg_after=remembered.kmsg_sequence if ledger.same_boot else None)
 
     # Waiting.
@@ -141,7 +140,7 @@ class Watch:
         words = self._words(heard, truths)
         decision = decide(
             self._memory,
-            WakeUp(now_ns=time.monotonic_ns(), words=words, truths=truths, listening=self.sources.listening),
+            WakeUp(now_ns=time.monotonic_ns(), words=words, truths=truths, listening=self._may_speak(heard, truths)),
         )
         first_sight = GENERATION_ID in truths and (self._id_is_from_disk or GENERATION_ID not in self._memory.truths)
         is_cold = self._id_is_from_disk and self._ledger.saved.boot_id != self._ledger.remembered.boot_id
@@ -153,7 +152,8 @@ class Watch:
             self._memory = replace(self._memory, truths=truths_seen)
         if decision.fork:
             kind = Kind.COLD if first_sight and is_cold and GENERATION_ID in decision.changed else Kind.LIVE
-            spoke = {name for name, count in words.items() if count} | (ready & {VMCLOCK, "timer"})
+            # The counters speak for the line of the log that was lost.
+            spoke = {"kmsg" if name == interrupts.NAME else name for name in words} | (ready & {VMCLOCK, "timer"})
             previous = was.truths.get(GENERATION_ID)
             self._announce(kind, tuple(sorted(spoke)), truths, previous, heard=heard)
         elif decision.memory != was or any(words.values()):
@@ -162,13 +162,16 @@ class Watch:
 
     def _words(self, heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> dict[str, int]:
         words = {name: said.words for name, said in heard.items() if said.words}
-        if heard["kmsg"].lost and GENERATION_ID not in truths:
-            # The kernel's word may be among what was lost. Its interrupt counters cannot be lost.
-            counters = read_counters(self._paths)
-            if moved(self._interrupts, counters):
-                words.setdefault("kmsg", 1)
-            self._interrupts = counters
+        # The kernel's word may be among what was lost, or come after its counters, which cannot be, told of the fork.
+        # Looked at before the page shows this fork, they will have moved at the next one.
+        if _asks_counters(heard, truths) and self._interrupts.have_moved():
+            words[interrupts.NAME] = 1
         return words
+
+    def _may_speak(self, heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> frozenset[str]:
+        """The edges whose word may still come; the counters, too, where they count and were not asked now."""
+        unasked = GENERATION_ID not in truths and not _asks_counters(heard, truths)
+        return self.sources.listening | {interrupts.NAME} if unasked else self.sources.listening
 
     def _follow_up(self, decision: Decision, heard: Mapping[str, Heard], *, first_sight: bool) -> None:
         for name in decision.odd:
@@ -225,9 +228,10 @@ class Watch:
         self._on_fork(event)
         notice = f"vmforkd: fork noticed, generation {event.generation}"
         latency = record_age_us(self._paths, kernel.record_us, at_ns=published, message=notice)
-        # They tell of this fork too: a killed detector's successor must not take that for another one.
-        self._interrupts = read_counters(self._paths)
-        self._ledger.complete(latency, interrupts=self._interrupts)
+        if heard is not None and not _asks_counters(heard, truths):
+            # They tell of this fork, too: a killed detector's successor must not take that for another one.
+            self._interrupts.have_moved()
+        self._ledger.complete(latency, interrupts=self._interrupts.seen)
         self._ledger.save_progress()
         log.info(
             "fork noticed: generation %d, %s, by %s, identity: %s",
@@ -245,7 +249,7 @@ class Watch:
         self._ledger.remember(
             self._memory_of_this_boot(),
             kmsg_sequence=self.sources.kmsg.last_sequence,
-            interrupts=self._interrupts,
+            interrupts=self._interrupts.seen,
             event=event,
             interrupted=() if event is None else self._interrupted(),
         )
@@ -288,3 +292,9 @@ class Watch:
             heard_by_reading = {VMCLOCK} & changed & set(self._watched.values())
             self._loop.after(0, lambda: self._wake(self._ready() | heard_by_reading))
         return truths
+
+
+def _asks_counters(heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> bool:
+    """The interrupt counters count where no ID can be read, when the kernel spoke or what it said was lost."""
+    spoke = any(said.words for said in heard.values()) or heard["kmsg"].lost
+    return GENERATION_ID not in truths and spoke

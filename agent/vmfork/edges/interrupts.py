@@ -14,6 +14,8 @@ from vmfork.errors import AbsentError
 from vmfork.paths import Paths
 from vmfork.truths.sysfile import read_start
 
+# What their word is called where decisions are taken.
+NAME = "interrupts"
 GPE = "gpe05"
 ACTIONS = ("ACPI:Ged", "vmgenid")
 
@@ -33,6 +35,19 @@ def read_counters(paths: Paths) -> dict[str, int]:
 def moved(before: Mapping[str, int], after: Mapping[str, int]) -> bool:
     """True where a counter that is in both has another value; a counter that came or went says nothing."""
     return any(after[name] != count for name, count in before.items() if name in after)
+
+
+class Counters:
+    """The counters as they were when one last looked: `seen`, or what they are now where nothing is known."""
+
+    def __init__(self, paths: Paths, seen: Mapping[str, int]) -> None:
+        self._paths = paths
+        self.seen = seen or read_counters(paths)
+
+    def have_moved(self) -> bool:
+        """Look again; True where one moved since the last look."""
+        before, self.seen = self.seen, read_counters(self._paths)
+        return moved(before, self.seen)
 
 
 def parse_gpe(text: str) -> int | None:
