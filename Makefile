@@ -5,7 +5,7 @@ STAMP := .venv/setup.stamp
 PYTHON := .venv/bin/python
 LISTS := $(wildcard tests/packages.txt tests/vm/packages.txt)
 
-.PHONY: help setup demo test bench torture fuzz chain breaks lint run deb clean
+.PHONY: help setup demo test bench torture torture-breaks fuzz chain breaks lint run deb clean
 
 help:
 	@echo 'make demo   fork real virtual machines and show what each clone noticed'
@@ -13,6 +13,7 @@ help:
 	@echo 'make torture  kill, starve, flood and fuzz it for 20 minutes; a table of what came of it'
 	@echo 'make fuzz   hostile input alone, for FUZZ_SECONDS (3600)'
 	@echo 'make chain  one guest restored RESTORES (500) times, each time from its last saved state'
+	@echo 'make torture-breaks  vmfork broken on purpose: the torture finds each of it'
 	@echo 'make breaks vmfork broken on purpose: the rows of the matrix that must turn red do'
 	@echo 'make bench  measure everything and write docs/performance.md; ONLY=edge,calls for some, QUICK=1 for a try'
 	@echo 'make lint   the static checks alone'
@@ -36,9 +37,14 @@ test: $(STAMP)
 # Coverage-guided where atheris has a wheel for this Python, else by hypothesis.
 ATHERIS = $(PYTHON) -c 'import atheris' 2>/dev/null || $(PYTHON) -m pip install -q --root-user-action=ignore atheris || true
 
+# ONLY='kill the reactor' for one class, EVERY=20 for each twentieth case, WITHIN for how many seconds it may take.
 torture: $(STAMP)
 	@$(ATHERIS)
-	@PYTHONPATH=agent:tests $(PYTHON) -m torture.run --output artifacts/torture.txt
+	@PYTHONPATH=agent:tests $(PYTHON) -m torture.run --output artifacts/torture.txt --every $(or $(EVERY),1) \
+	    --fuzz-seconds $(or $(FUZZ_SECONDS),240) --within $(or $(WITHIN),1200) $(if $(ONLY),"$(ONLY)")
+
+torture-breaks: $(STAMP)
+	@PYTHONPATH=agent:tests $(PYTHON) -m torture.breaks
 
 fuzz: $(STAMP)
 	@$(ATHERIS)
@@ -53,7 +59,7 @@ chain: $(STAMP)
 	@$(PYTHON) tests/vm/chain.py --restores $(or $(RESTORES),500)
 
 breaks: $(STAMP)
-	@$(PYTHON) tests/vm/breaks.py
+	@PYTHONPATH=tests $(PYTHON) tests/vm/breaks.py
 
 bench: $(STAMP)
 	@$(PLOTTING)

@@ -31,6 +31,8 @@ from vmfork.page import GENERATION_OFFSET, PAGE_SIZE, read_page
 _RSS_PER_FORK = (1 << 20) / 8000
 _RSS_NOISE = 128 << 10
 _FORK = b"5,1,1,-;%s\n" % FORK_LINE
+# A process may write anything, but not as the kernel.
+_FORGED = b"13,1,1,-;%s\n" % FORK_LINE
 _FOREIGN = b"6,1,1,-;systemd[1]: Started a unit that has nothing to do with forks at all.\n"
 
 
@@ -169,7 +171,7 @@ def overruns(forks: int) -> Iterator[Row]:
 
 
 def flood_with_overruns(lines: int, forks: int, *, readable: bool) -> Row:
-    """Foreign lines without end, of which every seventh read finds that the ring overtook it, and forks among them.
+    """Foreign and forged lines without end; every seventh read finds that the ring overtook it. Forks among them.
 
     In turn a fork's own line is read with the others, is lost with them, and is read when other signs have already
     told of the fork. One fork each time.
@@ -183,7 +185,8 @@ def flood_with_overruns(lines: int, forks: int, *, readable: bool) -> Row:
 
             def foreign() -> None:
                 nonlocal written
-                written += log.write(_FOREIGN * 50) // len(_FOREIGN)
+                log.write(_FOREIGN * 50 + _FORGED)
+                written += 51
 
             pid = live.start()
             counter = _Counter(live.guest.paths.generation_page)

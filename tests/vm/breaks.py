@@ -12,19 +12,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as xml
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-_TOP = Path(__file__).resolve().parents[2]
+from support.breaking import apply, checkout, is_chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,24 +76,6 @@ BREAKS = (
 )
 
 
-@contextmanager
-def checkout() -> Iterator[Path]:
-    """A copy of the last commit, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="vmfork-breaks.") as directory:
-        copy = Path(directory) / "vmfork"
-        subprocess.run(["git", "clone", "--quiet", "--shared", os.fspath(_TOP), os.fspath(copy)], check=True)
-        yield copy
-
-
-def apply(copy: Path, one: Break) -> None:
-    """Break it. Raises ValueError where the sound text is not there exactly once."""
-    path = copy / one.file
-    text = path.read_text()
-    if text.count(one.sound) != 1:
-        raise ValueError(f"{one.file}: the text to break is there {text.count(one.sound)} times: {one.sound.strip()}")
-    path.write_text(text.replace(one.sound, one.broken))
-
-
 def results(copy: Path, tests: Sequence[str]) -> dict[str, str]:
     """Each test's name with what became of it: passed, failed, skipped, or missing."""
     report = copy / "report.xml"
@@ -124,7 +100,7 @@ def wrong(one: Break, found: dict[str, str]) -> list[str]:
 def main() -> int:
     bad = False
     for one in BREAKS:
-        if sys.argv[1:] and not any(word in one.name for word in sys.argv[1:]):
+        if not is_chosen(one, sys.argv[1:]):
             continue
         started = time.monotonic()
         with checkout() as copy:

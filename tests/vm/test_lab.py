@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from breaks import BREAKS, Break, apply
+from breaks import BREAKS, Break
 from lab import cache
 from lab.channel import Channel, CommandFailed
 from lab.host import LabError
 from lab.workspace import workspace
+
+from support.breaking import apply
 
 _SERVE = "import sys; from lab.guest_channel import Server; Server(int(sys.argv[1])).serve()"
 _VM_TESTS = Path(__file__).parent
