@@ -21,7 +21,9 @@ from vmfork.edges.uevent import Uevent
 def inject(**properties):
     path = properties["DEVPATH"]
     body = b"%s@%s\\0" % (properties["ACTION"].encode(), path.encode())
-    body += b"".join(b"%s=%s\\0" % (key.encode(), value.encode()) for key, value in properties.items())
+    broadcast(body + b"".join(b"%s=%s\\0" % (key.encode(), value.encode()) for key, value in properties.items()))
+
+def broadcast(body):
     header = struct.pack("=IHHII", 16 + len(body), 16, 5, 0, 0)  # NLM_F_REQUEST | NLM_F_ACK
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15) as sender:
         sender.bind((0, 0))
@@ -125,6 +127,17 @@ results["after"] = heard(edge)
     )
     assert results["flood"]["lost"] is True
     assert results["after"] == {"words": 1, "hotplug": False, "lost": False}
+
+
+def test_a_message_that_is_no_event_is_passed_over() -> None:
+    results = in_namespace(
+        """
+broadcast(b"no event at all")
+inject(**fork)
+results["fork"] = heard(edge)
+"""
+    )
+    assert results["fork"] == {"words": 1, "hotplug": False, "lost": False}
 
 
 def test_a_synthetic_event_is_refused() -> None:

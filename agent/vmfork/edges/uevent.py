@@ -84,6 +84,9 @@ class Uevent:
         for _ in range(_EVENTS_PER_WAKE_UP):
             try:
                 device = self._monitor.poll(timeout=0)
+            except ValueError:
+                # What pyudev makes of libudev's EINVAL: a message that is no event. It was taken from the socket.
+                continue
             except OSError:
                 self._clear_overflow()
                 lost = hotplug = True
