@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from torture.kobjects import uevent
+from torture.leftovers import react_hooks
 from vmfork import config, history, settings, state
 from vmfork.daemon.agent import Vmforkd
 from vmfork.daemon.ledger import Ledger
@@ -25,7 +27,6 @@ from vmfork.daemon.service import Service
 from vmfork.detector import Memory
 from vmfork.edges.interrupts import parse_gpe, parse_interrupts
 from vmfork.edges.kmsg import FORK_LINE, Kmsg, parse
-from vmfork.edges.uevent import announces_fork, announces_source
 from vmfork.errors import AbsentError, InputError, Unavailable, VmforkError
 from vmfork.jsonfields import Fields, parse_object
 from vmfork.model import ForkEvent
@@ -102,13 +103,24 @@ def acpi(data: bytes) -> None:
     """The bytes are a definition block behind its header, then a whole table."""
     with contextlib.suppress(InputError):
         assert data.startswith(parse_table(data, PLACE))
-    for device in ("\\_SB_.VGEN", "\\_SB_.GENC"):
-        found = _refused(
+    addresses(data)
+
+
+def addresses(data: bytes) -> list[int]:
+    """What the block says of each device of the hypervisors; where it asks the memory, there is no zero."""
+    devices = ("\\_SB_.VGEN", "\\_SB_.GENC", "\\_SB_.PCI0.ISA_.VGID")
+    code = Code(place=PLACE, data=bytes(36) + data)
+    asked = (
+        _refused(
             lambda device=device: generation_id_address(  # type: ignore[misc]
-                [Code(place=PLACE, data=bytes(36) + data)], device, lambda _, size: bytes(size)
+                [code], device, lambda _, size: b"\x10" + bytes(size - 1)
             )
         )
-        assert found is None or 0 < found < 2**52
+        for device in devices
+    )
+    found = [address for address in asked if address is not None]
+    assert all(0 < address < 2**52 for address in found)
+    return found
 
 
 def devicetree(data: bytes) -> None:
@@ -155,16 +167,6 @@ def kmsg(data: bytes) -> None:
         heard += edge.drain().words
     edge.close()
     assert heard == announced or len(data) > 32768
-
-
-def uevent(data: bytes) -> None:
-    properties = dict(
-        line.partition("=")[::2] for line in data.decode("utf-8", "surrogateescape").split("\0") if "=" in line
-    )
-    if announces_fork(properties):
-        assert b"NEW_VMGENID=1" in data
-        assert "SYNTH_UUID" not in properties
-    announces_source(properties)
 
 
 def interrupts(data: bytes) -> None:
@@ -385,7 +387,7 @@ def varlink_client(data: bytes) -> None:
                     ForkEvent.from_json(told)
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
+TARGETS: dict[str, Callable[[bytes], object]] = {
     target.__name__: target
     for target in (
         acpi,
@@ -398,6 +400,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         kmsg,
         memory_file,
         page,
+        react_hooks,
         state_file,
         uevent,
         varlink_client,

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from support.tools import need_root
 from torture.fuzz import changed
-from torture.targets import TARGETS, scratch, seeds
+from torture.kobjects import is_through_the_kernel
+from torture.targets import TARGETS, addresses, scratch, seeds
 
 fixed = settings(
     max_examples=120, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -29,6 +31,18 @@ def test_kept_inputs_are_taken_or_refused(name: str) -> None:
     assert kept
     for data in kept.values():
         TARGETS[name](data)
+
+
+@pytest.mark.parametrize("name", seeds("acpi"))
+def test_every_kept_table_but_the_one_without_a_device_leads_to_an_address(name: str) -> None:
+    assert bool(addresses(seeds("acpi")[name])) == (name != "qemudsdt2.hex")
+
+
+def test_uevents_go_through_the_kernel() -> None:
+    need_root()
+    words = {name: TARGETS["uevent"](data) for name, data in seeds("uevent").items()}
+    assert is_through_the_kernel()
+    assert [name for name, count in words.items() if count] == ["fork.hex"]
 
 
 @pytest.mark.parametrize("name", TARGETS)
