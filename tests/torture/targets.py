@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from torture.cpage import c_page
 from torture.kobjects import uevent
 from torture.leftovers import react_hooks
 from vmfork import config, history, settings, state
@@ -391,6 +392,7 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
     target.__name__: target
     for target in (
         acpi,
+        c_page,
         configuration,
         devicetree,
         fw_cfg,

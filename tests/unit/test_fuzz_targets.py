@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.tools import need_root
+from torture import cpage
 from torture.fuzz import changed
 from torture.kobjects import is_through_the_kernel
 from torture.targets import TARGETS, addresses, scratch, seeds
@@ -23,6 +24,7 @@ fixed = settings(
 def _tidy() -> Iterator[None]:
     yield
     scratch.remove()
+    cpage.end()
 
 
 @pytest.mark.parametrize("name", TARGETS)
