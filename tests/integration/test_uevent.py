@@ -140,6 +140,17 @@ results["fork"] = heard(edge)
     assert results["fork"] == {"words": 1, "hotplug": False, "lost": False}
 
 
+def test_an_event_with_a_name_that_is_no_utf_8_is_passed_over() -> None:
+    results = in_namespace(
+        """
+broadcast(b"add@/devices/x\\0ACTION=add\\0DEVPATH=/devices/\\xff\\0SUBSYSTEM=misc\\0")
+inject(**fork)
+results["fork"] = heard(edge)
+"""
+    )
+    assert results["fork"] == {"words": 1, "hotplug": False, "lost": False}
+
+
 def test_a_synthetic_event_is_refused() -> None:
     properties = {"ACTION": "change", "NEW_VMGENID": "1", "SYNTH_UUID": "0"}
     assert not announces_fork(properties)

@@ -84,18 +84,16 @@ class Uevent:
         for _ in range(_EVENTS_PER_WAKE_UP):
             try:
                 device = self._monitor.poll(timeout=0)
+                if device is None:
+                    return Heard(words=words, hotplug=hotplug, lost=lost)
+                words += announces_fork(device.properties)
+                hotplug = hotplug or announces_source(device.properties)
             except ValueError:
-                # What pyudev makes of libudev's EINVAL: a message that is no event. It was taken from the socket.
+                # What pyudev makes of libudev's EINVAL, a message that is no event, and of what is no UTF-8.
                 continue
             except OSError:
                 self._clear_overflow()
                 lost = hotplug = True
-                continue
-            if device is None:
-                return Heard(words=words, hotplug=hotplug, lost=lost)
-            properties = device.properties
-            words += announces_fork(properties)
-            hotplug = hotplug or announces_source(properties)
         return Heard(words=words, hotplug=hotplug, lost=lost, more=True)
 
     def _clear_overflow(self) -> None:
