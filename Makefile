@@ -37,18 +37,20 @@ test: $(STAMP)
 # Coverage-guided where atheris has a wheel for this Python, else by hypothesis.
 ATHERIS = $(PYTHON) -c 'import atheris' 2>/dev/null || $(PYTHON) -m pip install -q --root-user-action=ignore atheris || true
 
-# ONLY='kill the reactor' for one class, EVERY=20 for each twentieth case, WITHIN for how many seconds it may take.
+# ONLY='kill the reactor' for one class; EVERY=29 for each 29th case, and without what `make test` tries, its tests
+# and hostile input; WITHIN for how many seconds it may take.
 torture: $(STAMP)
 	@$(ATHERIS)
 	@PYTHONPATH=agent:tests $(PYTHON) -m torture.run --output artifacts/torture.txt --every $(or $(EVERY),1) \
-	    --fuzz-seconds $(or $(FUZZ_SECONDS),240) --within $(or $(WITHIN),1200) $(if $(ONLY),"$(ONLY)")
+	    --fuzz-seconds $(or $(FUZZ_SECONDS),240) --within $(or $(WITHIN),1200) $(if $(EVERY),--no-tests) \
+	    $(if $(ONLY),"$(ONLY)")
 
 torture-breaks: $(STAMP)
 	@PYTHONPATH=agent:tests $(PYTHON) -m torture.breaks
 
 fuzz: $(STAMP)
 	@$(ATHERIS)
-	@PYTHONPATH=agent:tests $(PYTHON) -m torture.fuzz --seconds $(or $(FUZZ_SECONDS),3600)
+	@PYTHONPATH=agent:tests $(PYTHON) -m torture.fuzz --keep --output artifacts/fuzz.txt --seconds $(or $(FUZZ_SECONDS),3600)
 
 # The pictures; without matplotlib, as where there is no network to install it from, there are tables only.
 PLOTTING = $(PYTHON) -c 'import matplotlib' 2>/dev/null || $(PYTHON) -m pip install -q --disable-pip-version-check \

@@ -2,13 +2,14 @@
 """`make fuzz SECONDS=N` or `python -m torture.fuzz --seconds N`: all targets, or those named, for so long together.
 
 With atheris (pip install atheris; wheels exist for Python 3.11 and later) the search is guided by coverage, else by
-hypothesis. An input that breaks a target is kept in the corpus, and from then on every test run tries it again.
+hypothesis. An input that breaks a target is kept in the corpus, and from then on every test run tries it again; with
+`--keep` so are inputs that reach code which no kept one does, within the bounds of `torture.kept`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import contextlib
 import importlib.util
 import os
 import re
@@ -16,32 +17,53 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from torture.kept import CORPUS, keep, seeds, write
 from torture.scenario import scratch
-from torture.table import Row
+from torture.table import Row, aligned
 
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
-CORPUS = Path(__file__).with_name("corpus")
 NAMES = tuple(sorted(path.name for path in CORPUS.iterdir() if path.is_dir()))
 _WORKERS = 2
-_FOUND = ("crash-*", "timeout-*", "oom-*")
+_FOUND = ("crash-", "timeout-", "oom-")
+_HEADS = ("target", "inputs", "seconds", "edges", "corpus", "kept", "findings")
+# The merge runs every input again, and begins anew behind one that it does not survive.
+_MERGE_SEC = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How many inputs one target got, and the first one that broke it."""
+    """How many inputs one target got in how many seconds, and the first one that broke it.
+
+    `edges` of the code were reached, by `corpus` inputs that each reached something new; None without coverage. `kept`
+    of these are new files.
+    """
 
     name: str
     tried: int
+    seconds: float
+    edges: int | None = None
+    corpus: int | None = None
+    kept: int = 0
     broken: bytes | None = None
     said: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        known = ("-" if number is None else str(number) for number in (self.edges, self.corpus))
+        finding = "-" if self.broken is None else f"BROKEN by {len(self.broken)} bytes"
+        return (self.name, str(self.tried), f"{self.seconds:.0f}", *known, str(self.kept), finding)
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    """All targets, one a line."""
+    return aligned([_HEADS, *(outcome.cells() for outcome in outcomes)])
 
 
 def changed(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
@@ -65,30 +87,11 @@ def changed(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
 # --- one target in a process of its own
 
 
-def _guided(name: str, seconds: int, directory: str) -> None:
-    # No stubs, and not everywhere installed.
-    atheris: Any = importlib.import_module("atheris")
-    with atheris.instrument_imports(include=["vmfork"]):
-        from torture.targets import TARGETS, seeds
-
-    for number, data in enumerate(seeds(name).values()):
-        Path(directory, f"seed{number}").write_bytes(data)
-    options = [
-        f"-max_total_time={seconds}",
-        "-max_len=4096",
-        "-timeout=20",
-        "-rss_limit_mb=1024",
-        "-print_final_stats=1",
-    ]
-    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={directory}/", directory], TARGETS[name])
-    atheris.Fuzz()
-
-
 def _searched(name: str, seconds: int, directory: str) -> None:
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
-    from torture.targets import TARGETS, seeds
+    from torture.targets import TARGETS
 
     tried = 0
     last = b""
@@ -119,43 +122,90 @@ def guided() -> bool:
     return importlib.util.find_spec("atheris") is not None
 
 
-def _fuzz_one(name: str, seconds: int) -> Outcome:
-    # The fuzzer ends its process without a clean-up: what a target writes has to be below what is removed here.
-    with (
-        tempfile.TemporaryDirectory(prefix="vmfork-fuzz.") as directory,
-        tempfile.TemporaryDirectory(prefix="vmfork-fuzz.", dir=scratch()) as written,
-    ):
-        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "TMPDIR": written}
-        run = subprocess.run(
-            [sys.executable, "-m", "torture.fuzz", "--one", name, "--seconds", str(seconds), "--directory", directory],
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Search:
+    """One target in processes of their own, with what they write: their own files, and those of the target."""
+
+    name: str
+    directory: Path
+    written: str
+
+    def made(self, folder: str, inputs: Iterable[bytes] = ()) -> Path:
+        """A folder with these inputs."""
+        path = self.directory / folder
+        path.mkdir()
+        for number, data in enumerate(inputs):
+            (path / f"seed{number}").write_bytes(data)
+        return path
+
+    def run(self, *words: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+        """A module of these, with its options, in a process of its own."""
+        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "TMPDIR": self.written}
+        return subprocess.run(
+            [sys.executable, "-m", *words],
             env={**os.environ, **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            timeout=timeout,
             check=False,
         )
+
+    def guide(self, *options: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+        """libFuzzer with these options. It runs itself again to merge, by the name of a program: so it gets one."""
+        program = self.directory / "again"
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m torture.guided {self.name} $0 "$@"\n')
+        program.chmod(0o755)
+        limits = ("-max_len=4096", "-timeout=20", "-rss_limit_mb=1024", f"-artifact_prefix={self.directory}/")
+        return self.run("torture.guided", self.name, os.fspath(program), *limits, *options, timeout=timeout)
+
+    def new_ones(self, found: Path) -> list[bytes]:
+        """The inputs that reach what the kept ones do not: libFuzzer's merge."""
+        merged = self.made("merged", seeds(self.name).values())
+        before = {path.name for path in merged.iterdir()}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.guide("-merge=1", os.fspath(merged), os.fspath(found), timeout=_MERGE_SEC)
+        return [path.read_bytes() for path in merged.iterdir() if path.name not in before]
+
+
+def _fuzz_one(name: str, seconds: int, *, keeps: bool) -> Outcome:
+    # The fuzzer ends its process without a clean-up: what a target writes has to be below what is removed here.
+    with (
+        tempfile.TemporaryDirectory(prefix="vmfork-fuzz.") as directory,
+        tempfile.TemporaryDirectory(prefix="vmfork-fuzz.", dir=scratch()) as written,
+    ):
+        search, began = _Search(name=name, directory=Path(directory), written=written), time.monotonic()
+        found = search.made("found", seeds(name).values())
+        if guided():
+            run = search.guide(f"-max_total_time={seconds}", "-print_final_stats=1", os.fspath(found))
+        else:
+            run = search.run("torture.fuzz", "--one", name, "--seconds", str(seconds), "--directory", directory)
+        took = time.monotonic() - began
+        broken = [path.read_bytes() for path in search.directory.iterdir() if path.name.startswith(_FOUND)]
+        if not broken and run.returncode != 0:
+            broken = [b""]
+        for number, data in enumerate(broken):
+            write(name, f"found-{int(time.time())}-{number}", data)
         runs = re.findall(r"(?:Done|executed_units:|^#)\s*(\d+)", run.stderr, re.MULTILINE)
-        tried = max((int(number) for number in runs), default=0)
-        found = [
-            path.read_bytes()
-            for path in Path(directory).iterdir()
-            if path.name.startswith(("crash-", "timeout-", "oom-"))
-        ]
-        if not found and run.returncode != 0:
-            found = [b""]
-        for number, data in enumerate(found):
-            text = data.hex()
-            lines = "\n".join(text[at : at + 96] for at in range(0, len(text), 96))
-            (CORPUS / name / f"found-{int(time.time())}-{number}.hex").write_text(lines + "\n")
-        return Outcome(name=name, tried=tried, broken=found[0] if found else None, said=run.stderr[-2000:])
+        reached = re.findall(r"cov: (\d+) ft: \d+ corp: (\d+)/", run.stderr)
+        return Outcome(
+            name=name,
+            tried=max((int(number) for number in runs), default=0),
+            seconds=took,
+            edges=int(reached[-1][0]) if reached else None,
+            corpus=int(reached[-1][1]) if reached else None,
+            kept=keep(name, search.new_ones(found)) if keeps and guided() and not broken else 0,
+            broken=broken[0] if broken else None,
+            said=run.stderr[-2000:],
+        )
 
 
-def fuzz(seconds: int, names: tuple[str, ...] = NAMES) -> Iterator[Outcome]:
-    """Each target in turn, so that all together take about so long."""
+def fuzz(seconds: int, names: tuple[str, ...] = NAMES, *, keeps: bool = False) -> Iterator[Outcome]:
+    """Each target in turn, so that all together take about so long; with `keeps` what is interesting is kept."""
     each = max(1, seconds * _WORKERS // len(names))
     with ThreadPoolExecutor(_WORKERS) as pool:
-        yield from pool.map(lambda name: _fuzz_one(name, each), names)
+        yield from pool.map(lambda name: _fuzz_one(name, each, keeps=keeps), names)
 
 
 def fuzz_row(seconds: int) -> Iterator[Row]:
@@ -172,24 +222,27 @@ def fuzz_row(seconds: int) -> Iterator[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz everything that reads what somebody else wrote.")
     parser.add_argument("--seconds", type=int, default=3600, help="for all targets together (3600)")
+    parser.add_argument("--keep", action="store_true", help="keep inputs that reach new code in the corpus")
+    parser.add_argument("--output", type=Path, help="write the table into this file, too")
     parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     parser.add_argument("target", nargs="*", choices=[*NAMES, []], help="only these")
     options = parser.parse_args()
     if options.one is not None:
-        work = _guided if guided() else _searched
-        work(options.one, options.seconds, options.directory)
+        _searched(options.one, options.seconds, options.directory)
         return 0
-    broken = 0
-    for outcome in fuzz(options.seconds, tuple(options.target) or NAMES):
-        print(
-            f"{outcome.name:<16} {outcome.tried:>12} inputs  {'BROKEN' if outcome.broken is not None else 'fine'}",
-            flush=True,
-        )
+    outcomes = []
+    for outcome in fuzz(options.seconds, tuple(options.target) or NAMES, keeps=options.keep):
+        outcomes.append(outcome)
+        print("  ".join(outcome.cells()), file=sys.stderr, flush=True)
         if outcome.broken is not None:
-            broken += 1
-            print(outcome.said)
-    return 1 if broken else 0
+            print(outcome.said, file=sys.stderr)
+    told = table(outcomes)
+    print(told)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(told + "\n")
+    return 1 if any(outcome.broken is not None for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":

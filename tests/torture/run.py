@@ -68,9 +68,13 @@ def classes(options: argparse.Namespace) -> tuple[FaultClass, ...]:
     """Every class of faults. Its bound is several times what it takes: it is there for what hangs."""
     every = options.every
 
-    def one(name: str, rows: Callable[[], Iterator[Row]], *, bound_sec: float = 300) -> FaultClass:
+    def one(name: str, rows: Callable[[], Iterator[Row]], *, bound_sec: float = 600) -> FaultClass:
         return FaultClass(name=name, bound_sec=bound_sec, rows=rows)
 
+    tests = [
+        *(one(name, partial(tests_row, name, files)) for name, files in _BY_TESTS.items()),
+        one("hostile input", partial(fuzz_row, options.fuzz_seconds), bound_sec=2 * options.fuzz_seconds + 120),
+    ]
     return (
         *(one(f"kill the {v.name}", partial(crash_matrix, every=every, victims=(v,))) for v in VICTIMS),
         one("disk and memory", partial(fault_rows, every=every)),
@@ -78,8 +82,7 @@ def classes(options: argparse.Namespace) -> tuple[FaultClass, ...]:
         *(one(name, rows) for name, rows in storms(every=every).items()),
         one("clocks that jump", clock_rows),
         one("false alarms", alarm_rows),
-        *(one(name, partial(tests_row, name, files)) for name, files in _BY_TESTS.items()),
-        one("hostile input", partial(fuzz_row, options.fuzz_seconds), bound_sec=2 * options.fuzz_seconds + 120),
+        *(tests if options.tests else ()),
     )
 
 
@@ -106,6 +109,9 @@ def tried(chosen: Iterator[FaultClass], *, within_sec: float) -> tuple[list[Row]
 def main() -> int:
     parser = argparse.ArgumentParser(description="Torture detector and reactor; a table of what came of it.")
     parser.add_argument("--every", type=int, default=1, help="only each n-th case of what is enumerated")
+    parser.add_argument(
+        "--tests", action=argparse.BooleanOptionalAction, default=True, help="also what `make test` tries"
+    )
     parser.add_argument("--fuzz-seconds", type=int, default=240, help="for all targets of the fuzzer together")
     parser.add_argument(
         "--within", type=float, default=WITHIN_SEC, help="seconds that the whole may take (%(default)s)"

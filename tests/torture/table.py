@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 _HEADS = ("fault class", "cases", "forks sent", "forks seen", "hooks run", "violations", "note")
@@ -60,11 +60,15 @@ def render(rows: Iterable[Row]) -> str:
         total.add(row)
     if total.coalesces:
         total.note = "forks sent and seen differ in rows that coalesce, nowhere else"
-    lines = [_HEADS, *(row.cells() for row in rows), total.cells()]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADS))]
-    last = len(_HEADS) - 1
+    return aligned([_HEADS, *(row.cells() for row in rows), total.cells()])
 
-    def cell(line: tuple[str, ...], column: int) -> str:
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as a table: the first column and the last to the left, numbers to the right."""
+    last = len(lines[0]) - 1
+    widths = [max(len(line[column]) for line in lines) for column in range(last + 1)]
+
+    def cell(line: Sequence[str], column: int) -> str:
         return line[column].ljust(widths[column]) if column in (0, last) else line[column].rjust(widths[column])
 
-    return "\n".join("  ".join(cell(line, column) for column in range(len(_HEADS))).rstrip() for line in lines)
+    return "\n".join("  ".join(cell(line, column) for column in range(last + 1)).rstrip() for line in lines)

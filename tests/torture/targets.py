@@ -411,13 +411,3 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
         vmclock,
     )
 }
-
-CORPUS = Path(__file__).with_name("corpus")
-
-
-def seeds(name: str) -> dict[str, bytes]:
-    """The kept inputs of a target: text as it is in `.txt`, anything else as hex digits in `.hex`."""
-    found = {path.name: path.read_bytes() for path in sorted(CORPUS.joinpath(name).glob("*.txt"))}
-    for path in sorted(CORPUS.joinpath(name).glob("*.hex")):
-        found[path.name] = bytes.fromhex(path.read_text())
-    return found

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from support.tools import need_root
 from torture import cpage
 from torture.fuzz import changed
+from torture.kept import seeds
 from torture.kobjects import is_through_the_kernel
-from torture.targets import TARGETS, addresses, scratch, seeds
+from torture.targets import TARGETS, addresses, scratch
 
 fixed = settings(
     max_examples=120, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
