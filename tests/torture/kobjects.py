@@ -68,7 +68,8 @@ def uevent(data: bytes) -> int:
     Returns how many words were heard.
     """
     data = data[:_MOST]
-    strings = data.split(b"\0")
+    # libudev drops a carriage return or a newline at the end of a value.
+    strings = [string.rstrip(b"\r\n") for string in data.split(b"\0")]
     if not _kernels:
         _kernels.append(_Kernel())
     kernel = _kernels[0]

@@ -36,8 +36,12 @@ def test_kept_inputs_are_taken_or_refused(name: str) -> None:
         TARGETS[name](data)
 
 
-@pytest.mark.parametrize("name", seeds("acpi"))
-def test_every_kept_table_but_the_one_without_a_device_leads_to_an_address(name: str) -> None:
+# What firmware has; the fuzzer's own go by other names.
+TABLES = [name for name in seeds("acpi") if not name.startswith(("reached-", "found-"))]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_but_the_one_without_a_device_leads_to_an_address(name: str) -> None:
     assert bool(addresses(seeds("acpi")[name])) == (name != "qemudsdt2.hex")
 
 
@@ -45,7 +49,7 @@ def test_uevents_go_through_the_kernel() -> None:
     need_root()
     words = {name: TARGETS["uevent"](data) for name, data in seeds("uevent").items()}
     assert is_through_the_kernel()
-    assert [name for name, count in words.items() if count] == ["fork.hex"]
+    assert (words["fork.hex"], words["synthetic.hex"], words["add.hex"]) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("name", TARGETS)
