@@ -241,6 +241,27 @@ def test_a_new_reactor_ends_what_a_killed_one_left(guest: Guest, tmp_path: Path)
     assert not [pid for pid in pids_in(tmp_path / "pids") if alive(pid)]
 
 
+def test_a_new_reactor_leaves_the_hooks_of_another_vmfork_alone(guest: Guest, tmp_path: Path) -> None:
+    # Around a snapshot a hook has no token: its name alone is that of other guests' hooks, too.
+    Path(guest.paths.run_private).mkdir(parents=True)
+    Path(guest.paths.react_hooks).write_text('{"hook": "10-slow", "token": null}\n')
+    roots = {"ours": str(guest.root), "another's": str(tmp_path / "another"), "the system's": None}
+    sleepers = {
+        whose: subprocess.Popen(
+            ["sleep", "60"], env={"VMFORK_HOOK": "10-slow", **({"VMFORK_ROOT": root} if root else {})}
+        )
+        for whose, root in roots.items()
+    }
+    try:
+        with AdminDaemon(guest.paths, None):
+            assert end(reactor(guest))[0] == 0
+        assert {whose for whose, sleeper in sleepers.items() if sleeper.poll() is None} == {"another's", "the system's"}
+    finally:
+        for sleeper in sleepers.values():
+            sleeper.kill()
+            sleeper.wait()
+
+
 def refused(call: str, when: str, error: str, *paths: Path) -> list[str]:
     """The words before a reactor whose kernel refuses this; what it starts is left alone."""
     injections = [

@@ -43,7 +43,7 @@ def react_hooks(data: bytes) -> None:
     bystander, hook = _started(), _started(VMFORK_HOOK=HOOK, VMFORK_FORK_TOKEN=TOKEN)
     for word, number in ((b"BYSTANDER", bystander.pid), (b"HOOK_START", hook.start), (b"HOOK", hook.pid)):
         data = data.replace(word, b"%d" % number)
-    chosen = {one.pid: one for one in _leftovers(_unfinished(data, PLACE)[:8])}
+    chosen = {one.pid: one for one in _leftovers(_unfinished(data, PLACE)[:8], "")}
     assert not chosen.keys() & {os.getpid(), os.getppid(), 0, 1}
     lines = [line for line in map(_object, data.splitlines()) if line is not None]
     named = {(line.get("pid"), line.get("start")) for line in lines}
@@ -54,7 +54,7 @@ def react_hooks(data: bytes) -> None:
     started = {"hook": HOOK, "token": TOKEN}
     if not any(line.get("hook") == HOOK for line in lines):
         with_hook = data + b"\n" + json.dumps(started).encode()
-        assert hook.pid in {one.pid for one in _leftovers(_unfinished(with_hook, PLACE)[-1:])}
+        assert hook.pid in {one.pid for one in _leftovers(_unfinished(with_hook, PLACE)[-1:], "")}
 
 
 def _object(line: bytes) -> dict[str, object] | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from vmfork.paths import Paths
-from vmfork.reactor.environment import FORK_TOKEN, HOOK
+from vmfork.reactor.environment import FORK_TOKEN, HOOK, ROOT
 
 # Of the running system even below a fake root: these are the processes that hooks really are.
 _PROC = Paths().processes
@@ -39,11 +39,16 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """What tells a hook's processes: its first process (also its session), name, fork token and pipe's inode."""
+    """What tells a hook's processes: its first process (also its session), name, fork token and pipe's inode.
+
+    `root` is the root prefix below which its vmfork works: another one on the same machine has hooks of the same names,
+    and around a snapshot no token.
+    """
 
     pid: int
     name: str
     token: str | None
+    root: str
     pipe: int | None = None
 
 
@@ -134,15 +139,27 @@ def members(mark: Mark, table: Mapping[int, Process], orphans: Iterable[Process]
 
 
 def carries(pid: int, mark: Mark) -> bool:
-    """Whether a process was started with the hook's environment, or below one that was."""
-    return _names(_environment(pid), mark)
+    """Whether a process was started with the hook's environment, or below one that was.
+
+    Without a token it must also live in our PID namespace: a container may run a vmfork of its own.
+    """
+    return _names(_environment(pid), mark) and (
+        mark.token is not None or _link(f"{_PROC}/{pid}/ns/pid") == _own_space()
+    )
+
+
+def _own_space() -> str:
+    return _link(f"{_PROC}/self/ns/pid")
 
 
 def _names(environment: list[bytes], mark: Mark) -> bool:
-    wanted = [f"{HOOK}={mark.name}".encode()]
-    if mark.token is not None:
-        wanted.append(f"{FORK_TOKEN}={mark.token}".encode())
-    return all(entry in environment for entry in wanted)
+    wanted = {HOOK: mark.name, FORK_TOKEN: mark.token, ROOT: mark.root or None}
+    return all(_value(environment, name) == value for name, value in wanted.items())
+
+
+def _value(environment: list[bytes], name: str) -> str | None:
+    prefix = f"{name}=".encode()
+    return next((os.fsdecode(entry[len(prefix) :]) for entry in environment if entry.startswith(prefix)), None)
 
 
 def _environment(pid: int) -> list[bytes]:

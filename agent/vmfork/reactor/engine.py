@@ -212,7 +212,7 @@ class Engine:
             finally:
                 os.close(stdin)
 
-        run.start(launch, self._token, self._look())
+        run.start(launch, lambda pid, pipe: self._mark(hook.name, pid, pipe), self._look())
         if self._records is not None and run.process is not None:
             self._records.runs(hook.name, self._token, run.process)
 
@@ -278,7 +278,10 @@ class Engine:
             log.info("%s: left process %d running", name, process.pid, extra={**fields, "VMFORK_HOOK": name})
 
     def _is_of(self, process: Process, hook: Hook) -> bool:
-        return descendants.carries(process.pid, Mark(pid=-1, name=hook.name, token=self._token))
+        return descendants.carries(process.pid, self._mark(hook.name, -1))
+
+    def _mark(self, name: str, pid: int, pipe: int | None = None) -> Mark:
+        return Mark(pid=pid, name=name, token=self._token, root=self._occasion.root, pipe=pipe)
 
 
 def _how(result: HookResult) -> str:

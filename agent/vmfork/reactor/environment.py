@@ -8,6 +8,7 @@ from vmfork.reactor.phases import Occasion
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOOK = "VMFORK_HOOK"
 FORK_TOKEN = "VMFORK_FORK_TOKEN"
+ROOT = "VMFORK_ROOT"
 
 
 def environment_of(occasion: Occasion, hook: str, *, deadline_sec: float) -> dict[str, str]:
@@ -28,6 +29,6 @@ def environment_of(occasion: Occasion, hook: str, *, deadline_sec: float) -> dic
         "VMFORK_DRY_RUN": "1" if occasion.dry_run else "0",
         HOOK: hook,
         "VMFORK_DEADLINE_SEC": f"{deadline_sec:g}",
-        "VMFORK_ROOT": occasion.root or None,
+        ROOT: occasion.root or None,
     }
     return {name: value for name, value in values.items() if value is not None}

@@ -18,6 +18,7 @@ from typing import Self
 
 from vmfork.errors import InputError
 from vmfork.jsonfields import JsonObject, parse_object
+from vmfork.paths import Paths
 from vmfork.reactor import descendants
 from vmfork.reactor.descendants import Mark, Process
 
@@ -36,10 +37,10 @@ class _Entry:
 
 
 class Ledger:
-    """The file at `path`, mode 0600; opening it kills the leftovers that it names. A context manager."""
+    """The file react.hooks, mode 0600; opening it kills the leftovers that it names. A context manager."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, paths: Paths) -> None:
+        path = self._path = paths.react_hooks
         self._descriptor = -1
         self._refused = False
         try:
@@ -49,7 +50,11 @@ class Ledger:
             self._complain(error)
             return
         unfinished = _unfinished(data, path)
-        left = descendants.kill_until_gone(lambda: _leftovers(unfinished), seconds=_KILL_SEC) if unfinished else []
+        left = (
+            descendants.kill_until_gone(lambda: _leftovers(unfinished, paths.root), seconds=_KILL_SEC)
+            if unfinished
+            else []
+        )
         if left:
             log.error("processes of an earlier reaction cannot be killed: %s", ", ".join(str(one.pid) for one in left))
         try:
@@ -111,7 +116,7 @@ def _unfinished(data: bytes, place: str) -> list[_Entry]:
     return list(entries.values())
 
 
-def _leftovers(entries: list[_Entry]) -> list[Process]:
+def _leftovers(entries: list[_Entry], root: str) -> list[Process]:
     table = descendants.processes()
     spared = _ancestors(table)
     found: dict[int, Process] = {}
@@ -119,7 +124,7 @@ def _leftovers(entries: list[_Entry]) -> list[Process]:
         leader = table.get(entry.pid)
         # Another process with this id: the id was reused, so it says nothing about a session either.
         pid = -1 if leader is not None and leader.start != entry.start else entry.pid or -1
-        mark = Mark(pid=pid, name=entry.hook, token=entry.token)
+        mark = Mark(pid=pid, name=entry.hook, token=entry.token, root=root)
         carriers = [process for process in table.values() if descendants.carries(process.pid, mark)]
         roots = [process for process in carriers if process.pid not in spared]
         found.update({one.pid: one for one in descendants.members(mark, table, roots, alone=True)})

@@ -93,12 +93,15 @@ class HookRun:
         """When `on_time` wants to be called next."""
         return min(self.deadline, self._wake) if self.stage in (Stage.ENDING, Stage.KILLING) else self.deadline
 
-    def start(self, launch: Callable[[int], int], token: str | None, now: float) -> None:
-        """Begin a try: `launch(descriptor)` starts the process with that descriptor as its output."""
+    def start(self, launch: Callable[[int], int], mark: Callable[[int, int], Mark], now: float) -> None:
+        """Begin a try: `launch(descriptor)` starts the process with that descriptor as its output.
+
+        `mark(pid, pipe)` says how its processes are told from others.
+        """
         self._began = self._began or now
         self._code = self._signal = self._exited = self.process = None
         try:
-            self._launch(launch, token)
+            self._launch(launch, mark)
         except OSError as error:
             self._refused(error, now)
             return
@@ -106,7 +109,7 @@ class HookRun:
         self._refused_since, self._refusals = None, 0
         self.stage, self.deadline = Stage.RUNNING, now + self.limits.timeout_sec
 
-    def _launch(self, launch: Callable[[int], int], token: str | None) -> None:
+    def _launch(self, launch: Callable[[int], int], mark: Callable[[int, int], Mark]) -> None:
         reading, writing = os.pipe2(os.O_CLOEXEC)
         self._output = Output(reading, self._sink)
         try:
@@ -114,7 +117,7 @@ class HookRun:
             pid = launch(writing)
         finally:
             os.close(writing)
-        self.mark = Mark(pid=pid, name=self.hook.name, token=token, pipe=pipe)
+        self.mark = mark(pid, pipe)
         try:
             self._pidfd = os.pidfd_open(pid)
             self._selector.register(self._pidfd, selectors.EVENT_READ, (self, self.on_exit))

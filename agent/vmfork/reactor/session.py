@@ -111,7 +111,7 @@ def react(
     if parent is not None and not die_with(parent):
         return 1
     _fill_standard_descriptors()
-    with _locked(paths.react_lock), Ledger(paths.react_hooks) as ledger, _connected(paths.admin_socket) as client:
+    with _locked(paths.react_lock), Ledger(paths) as ledger, _connected(paths.admin_socket) as client:
         try:
             job = _job(client.call("io.vmfork.BeginReaction"), paths)
         except RemoteError as error:
