@@ -104,20 +104,29 @@ def load(paths: Paths) -> Config:
 
 
 def configuration_files(paths: Paths, problems: list[str]) -> list[str]:
-    """The files to read, in the order in which they apply: the main file, then the drop-ins by name."""
-    directories = (paths.config_lib, paths.config_run, paths.config_etc)
-    mains = [found for directory in directories if _exists(found := os.path.join(directory, MAIN))]
+    """The files to read, in the order in which they apply: the main file, then the drop-ins by name.
+
+    A directory that is not trusted has no say, as one of hooks: it neither overrides nor masks, and it is reported.
+    """
+    mains: list[str] = []
     drop_ins: dict[str, str] = {}
-    for directory in directories:
-        folder = os.path.join(directory, MAIN + ".d")
-        try:
-            names = sorted(patiently(lambda folder=folder: os.listdir(folder)))  # type: ignore[misc]
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            problems.append(f"{folder}: cannot be listed: {error.strerror}")
-            continue
-        drop_ins.update({name: os.path.join(folder, name) for name in names if name.endswith(".conf")})
+    with Inspector(paths.root) as inspector:
+        for directory in (paths.config_lib, paths.config_run, paths.config_etc):
+            if not _has_say(inspector, directory, problems):
+                continue
+            if _exists(main := os.path.join(directory, MAIN)):
+                mains.append(main)
+            folder = os.path.join(directory, MAIN + ".d")
+            if not _has_say(inspector, folder, problems):
+                continue
+            try:
+                names = sorted(patiently(lambda folder=folder: os.listdir(folder)))  # type: ignore[misc]
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                problems.append(f"{folder}: cannot be listed: {error.strerror}")
+                continue
+            drop_ins.update({name: os.path.join(folder, name) for name in names if name.endswith(".conf")})
     ordered = [*mains[-1:], *(drop_ins[name] for name in sorted(drop_ins))]
     return [path for path in ordered if not _is_masked(path)]
 
@@ -129,6 +138,18 @@ def _exists(path: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
+        return True
+    return True
+
+
+def _has_say(inspector: Inspector, directory: str, problems: list[str]) -> bool:
+    try:
+        inspector.check(directory)
+    except Untrusted as error:
+        problems.append(f"{directory}: is not trusted, nothing in it is obeyed: {error}")
+        return False
+    except OSError:
+        # Absent, or no directory: it then holds nothing either.
         return True
     return True
 

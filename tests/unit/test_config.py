@@ -147,6 +147,25 @@ def test_a_file_in_a_directory_that_others_may_write_is_not_obeyed(tmp_path: Pat
     assert load(tmp_path).get(settings.IDENTITY) == "auto"
 
 
+def test_nobody_masks_or_overrides_a_file_through_a_directory_that_others_may_write(tmp_path: Path) -> None:
+    write(tmp_path, "/usr/lib/vmfork/vmfork.conf", "[React]\nIdentity=keep\n")
+    write(tmp_path, "/usr/lib/vmfork/vmfork.conf.d/20-b.conf", "[React]\nTimeoutSec=3\n")
+    write(tmp_path, "/etc/vmfork/vmfork.conf", "")
+    write(tmp_path, "/etc/vmfork/vmfork.conf.d/20-b.conf", "")
+    (tmp_path / "etc/vmfork").chmod(0o777)
+    loaded = load(tmp_path)
+    assert (loaded.get(settings.IDENTITY), loaded.get(settings.TIMEOUT_SEC)) == ("keep", 3.0)
+    (problem,) = loaded.problems
+    assert problem.startswith(f"{tmp_path}/etc/vmfork: is not trusted")
+
+
+def test_an_open_directory_is_complained_about_even_while_nothing_stands_in_it(tmp_path: Path) -> None:
+    (tmp_path / "etc/vmfork").mkdir(parents=True)
+    (tmp_path / "etc/vmfork").chmod(0o777)
+    (problem,) = load(tmp_path).problems
+    assert problem.startswith(f"{tmp_path}/etc/vmfork: is not trusted")
+
+
 def test_a_link_of_root_to_a_trusted_file_is_obeyed(tmp_path: Path) -> None:
     write(tmp_path, "/usr/share/site.conf", "[React]\nIdentity=rotate\n")
     (tmp_path / "etc/vmfork").mkdir(parents=True)
