@@ -42,8 +42,9 @@ class Vmforkd:
         self.paths = paths
         self._early = early
         self.loop = Loop()
-        self.config = config.load(paths)
+        # First: it takes back the directory that a part of the configuration may stand in.
         self.ledger = Ledger(paths)
+        self.config = config.load(paths)
         CatchUp(self.loop, self.ledger)
         self.mark = TemplateMark(paths, self.ledger)
         self.reaction = Reaction(self.loop, self._reactor_process, early=early)

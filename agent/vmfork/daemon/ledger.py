@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vmfork import ids, intent, page, state
+from vmfork import directories, ids, intent, page, state
 from vmfork.blake2 import blake2b
 from vmfork.daemon.recall import recall
 from vmfork.daemon.refusals import Refusals
@@ -40,8 +40,8 @@ class Ledger:
     """The only writer of page, state and history.
 
     `refusals` says which files did not take what was written, and `problems` is what it says. Raises InputError where
-    the page itself cannot be had, since nothing works without it, and UnreadableError where what the last daemon left
-    behind cannot be known.
+    the page itself cannot be had, since nothing works without it, Untrusted where others can replace it, and
+    UnreadableError where what the last daemon left behind cannot be known.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -50,6 +50,7 @@ class Ledger:
         self.problems = self.refusals.problems
         self._attempt = self.refusals.attempt
         self._make_directories()
+        self.problems |= directories.take_all(paths)
         recalled = recall(paths)
         self.problems.update(recalled.problems)
         self.saved, self.remembered = recalled.saved, recalled.remembered
@@ -67,8 +68,7 @@ class Ledger:
         self._write_history()
 
     def _make_directories(self) -> None:
-        paths = self._paths
-        for directory, mode in ((paths.run_public, 0o755), (paths.run_private, 0o700), (paths.state_dir, 0o700)):
+        for directory, mode in directories.kept(self._paths):
             self._attempt(directory, lambda d=directory, m=mode: os.makedirs(d, mode=m, exist_ok=True))  # type: ignore[misc]
 
     def _open_intent(self) -> None:
