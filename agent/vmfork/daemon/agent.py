@@ -132,8 +132,8 @@ class Vmforkd:
             self._service.close()
         self.reaction.stop()
         self.watch.stop()
-        self.sysgenid.remove()
         if not self._early:
+            self.sysgenid.remove()
             nobody_watches(self.paths)
         self.ledger.close()
 
@@ -211,7 +211,12 @@ class Vmforkd:
             "identity": self.watch.identity(Kind.LIVE).to_json(),
             "version": __version__,
             "stragglers": stragglers,
-            "problems": [*self.config.problems, *self.ledger.problems.values(), *self.reaction.problems],
+            "problems": [
+                *self.config.problems,
+                *self.ledger.problems.values(),
+                *self.reaction.problems,
+                *self.sysgenid.problems,
+            ],
         }
 
     def subscribe(self, call: Call) -> None:
