@@ -440,13 +440,29 @@ def test_a_device_in_the_place_of_sysgenid_is_left_alone(live: LiveGuest) -> Non
 # --- what surrounds the programs
 
 
-def test_a_hostile_environment_reaches_no_hook() -> None:
+def turkish(place: Path) -> dict[str, str]:
+    """A locale that is really there: no UTF-8, and its own idea of upper and lower case."""
+    name = "tr_TR.ISO-8859-9"
+    made = subprocess.run(
+        [need("localedef", package="locales"), "-i", "tr_TR", "-f", "ISO-8859-9", place / name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode != 0:
+        unavailable(f"localedef: {made.stderr.strip()} (apt-get install locales)")
+    return {"LOCPATH": str(place), "LC_ALL": name, "LANGUAGE": "tr"}
+
+
+def test_a_hostile_environment_reaches_no_hook(tmp_path: Path) -> None:
+    locale = turkish(tmp_path)
+    spoken = subprocess.check_output([sys.executable, "-c", "import sys; print(sys.stdout.encoding)"], env=locale)
+    assert spoken == b"iso8859-9\n"
     hook = 'env | sed "s/=.*//" | sort >"$VMFORK_ROOT/names"; echo 2 >>"$VMFORK_ROOT/ran"'
     with LiveGuest("guest", hook=hook) as live:
         live.environment.update(
             {
-                "LC_ALL": "tr_TR.ISO-8859-9",
-                "LANGUAGE": "tr",
+                **locale,
                 "IFS": "x",
                 "ENV": "/nonexistent",
                 "BASH_ENV": "/nonexistent",
