@@ -151,7 +151,7 @@ MACHINE_ID_RESTART = Setting(
     section="Hook 20-machine-id",
     key="RestartUnits",
     default="systemd-networkd.service systemd-journald.service systemd-resolved.service",
-    parse=words,
+    parse=units,
     summary="Running units that remember the machine ID and are restarted, in this order.",
 )
 SSH_VERIFY = Setting(

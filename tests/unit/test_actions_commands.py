@@ -75,7 +75,7 @@ def test_the_last_words_of_a_failing_program_are_told(tmp_path: Path) -> None:
 def test_in_the_early_boot_nothing_waits_for_the_service_manager(tmp_path: Path) -> None:
     calls = recorder(tmp_path, "systemctl")
     commands(tmp_path, early=True).systemctl("try-restart", "a.service")
-    assert calls.read_text() == "systemctl --no-block try-restart a.service\n"
+    assert calls.read_text() == "systemctl --no-block try-restart -- a.service\n"
 
 
 def test_below_a_root_the_service_manager_is_never_talked_to(tmp_path: Path) -> None:

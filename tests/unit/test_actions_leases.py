@@ -208,7 +208,7 @@ def asked(root: Path) -> list[str]:
 def test_networkd_renews_when_the_identity_is_kept(tmp_path: Path) -> None:
     run = networkd(tmp_path)
     assert dhcp_networkd.care(run.context, plan(rotate=False)) == ("lo",)
-    assert asked(tmp_path) == ["networkctl renew lo"]
+    assert asked(tmp_path) == ["networkctl renew -- lo"]
     assert "verified" in run.said
 
 
@@ -216,8 +216,8 @@ def test_networkd_is_restarted_before_it_configures_anew(tmp_path: Path) -> None
     run = networkd(tmp_path)
     assert dhcp_networkd.care(run.context, plan(rotate=True)) == ("lo",)
     assert asked(tmp_path) == [
-        "systemctl --no-block try-restart systemd-networkd.service",
-        "networkctl reconfigure lo",
+        "systemctl --no-block try-restart -- systemd-networkd.service",
+        "networkctl reconfigure -- lo",
     ]
     assert "under the new machine ID's client ID; verified" in run.said
 
@@ -225,7 +225,7 @@ def test_networkd_is_restarted_before_it_configures_anew(tmp_path: Path) -> None
 def test_networkd_that_is_already_under_the_new_machine_id_only_renews(tmp_path: Path) -> None:
     run = networkd(tmp_path, lease=NEW_CLIENT)
     assert dhcp_networkd.care(run.context, plan(rotate=True)) == ("lo",)
-    assert asked(tmp_path) == ["networkctl renew lo"]
+    assert asked(tmp_path) == ["networkctl renew -- lo"]
     assert "under the new machine ID's client ID; verified" in run.said
 
 

@@ -136,7 +136,7 @@ def test_running_daemons_are_restarted_in_order_without_waiting_and_the_journal_
     programs, calls = manager(tmp_path, script="exit 0")
     assert perform(machine_id.ACTION, prepared(tmp_path, programs=programs, systemd=True).context) == 0
     acts = [line for line in calls.read_text().splitlines() if "is-active" not in line]
-    assert acts == ["journalctl --rotate", *(f"systemctl --no-block try-restart {unit}" for unit in UNITS.split())]
+    assert acts == ["journalctl --rotate", *(f"systemctl --no-block try-restart -- {unit}" for unit in UNITS.split())]
 
 
 def test_daemons_that_do_not_run_are_left_alone(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def act(top: Path, *, dry_run: bool = False, early: bool = False, **keys: str) -
 def test_running_units_are_restarted_and_reloaded(tmp_path: Path) -> None:
     code, run, calls = act(tmp_path, Restart="one two.socket", Reload="three one")
     assert code == 0
-    assert calls == ["--no-block try-restart one.service two.socket", "--no-block reload three.service"]
+    assert calls == ["--no-block try-restart -- one.service two.socket", "--no-block reload -- three.service"]
     assert "one.service: restarted, running" in run.said
     assert "three.service: reloaded, running" in run.said
 
@@ -58,7 +58,7 @@ def test_running_units_are_restarted_and_reloaded(tmp_path: Path) -> None:
 def test_a_stopped_unit_stays_stopped(tmp_path: Path) -> None:
     code, run, calls = act(tmp_path, Restart="stopped one")
     assert code == 0
-    assert calls == ["--no-block try-restart one.service"]
+    assert calls == ["--no-block try-restart -- one.service"]
     assert "stopped.service is inactive: left alone" in run.said
 
 
@@ -79,7 +79,7 @@ def test_a_restart_that_did_not_happen_is_a_failure(tmp_path: Path) -> None:
 def test_a_unit_that_cannot_be_reloaded_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
     code, _, calls = act(tmp_path, Reload="deaf one")
     assert code == 1
-    assert calls == ["--no-block reload one.service"]
+    assert calls == ["--no-block reload -- one.service"]
 
 
 def test_a_dry_run_asks_for_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,13 @@ DEFAULT_TIMEOUT_SEC = 20.0
 _GRACE_SEC = 0.5
 
 
+def operand(word: str) -> str:
+    """The word itself, for programs that know no `--`; ActionError where they would take it for an option."""
+    if word.startswith("-"):
+        raise ActionError(f"{word!r} would be taken for an option", hint="give it a name that begins with a letter")
+    return word
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """A program that ended by itself: exit code (negative: the signal), and at most MAX_OUTPUT bytes of each stream."""
@@ -146,11 +153,11 @@ class Commands:
         if not self.systemd:
             raise ActionError(f"systemd does not run here: cannot {verb} {' '.join(units)}")
         options = ("--no-block",) if no_block or self._early else ()
-        self.check("systemctl", *options, verb, *units, timeout=timeout)
+        self.check("systemctl", *options, verb, "--", *units, timeout=timeout)
 
     def is_active(self, unit: str) -> bool:
         """Whether a unit runs now; False without systemd. Only asks, so it is allowed in the early boot."""
-        return self.systemd and self.run("systemctl", "is-active", "--quiet", unit, timeout=5).ok
+        return self.systemd and self.run("systemctl", "is-active", "--quiet", "--", unit, timeout=5).ok
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ import socket
 from dataclasses import dataclass
 
 from vmfork.actions import dhcp, files, processes
+from vmfork.actions.commands import operand
 from vmfork.actions.contract import ActionContext
 from vmfork.actions.dhcp import Plan
 from vmfork.actions.processes import Process
@@ -110,7 +111,7 @@ def _daemons(context: ActionContext, program: str) -> tuple[Daemon, ...]:
 
 def _rebind(context: ActionContext, plan: Plan, program: str, daemon: Daemon) -> None:
     before = _leases(context, daemon)
-    context.run.check(program, *daemon.options, "-n", *((daemon.interface,) if daemon.interface else ()))
+    context.run.check(program, *daemon.options, "-n", *_interface(daemon))
     if before and not dhcp.wait_for_lease(context, plan, lambda: _leases(context, daemon) != before):
         raise ActionError(f"dhcpcd on {daemon.interface or 'all interfaces'}: no lease was given in time")
     verified = "; verified" if before else ": it has no lease to verify"
@@ -150,10 +151,14 @@ def _rotate(context: ActionContext, plan: Plan, program: str, daemons: tuple[Dae
 
 def _end(context: ActionContext, program: str, daemon: Daemon) -> None:
     """Ask it to end, which releases nothing, and kill what is left."""
-    context.run.run(program, *daemon.options, "-x", *((daemon.interface,) if daemon.interface else ()), timeout=10)
+    context.run.run(program, *daemon.options, "-x", *_interface(daemon), timeout=10)
     for process in daemon.processes:
         if not processes.kill(process, context.paths, timeout=2):
             raise ActionError("the running dhcpcd cannot be ended")
+
+
+def _interface(daemon: Daemon) -> tuple[str, ...]:
+    return (operand(daemon.interface),) if daemon.interface else ()
 
 
 def _leased_address(context: ActionContext, name: str) -> str | None:

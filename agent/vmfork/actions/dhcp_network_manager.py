@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 
 from vmfork.actions import dhcp
+from vmfork.actions.commands import operand
 from vmfork.actions.contract import ActionContext
 from vmfork.actions.dhcp import Plan
 from vmfork.errors import ActionError
@@ -81,7 +82,7 @@ def devices(context: ActionContext) -> tuple[Device, ...]:
             "nmcli", "-g", "ipv4.method,ipv6.method", "connection", "show", "uuid", connection
         ).text.split()
         if {"auto", "dhcp"} & set(methods):
-            found.append(Device(name=name, connection=connection))
+            found.append(Device(name=operand(name), connection=connection))
     return tuple(found)
 
 

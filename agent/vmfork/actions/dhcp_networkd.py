@@ -45,7 +45,7 @@ def care(context: ActionContext, plan: Plan) -> tuple[str, ...]:
         dhcp.wait_for_restart(context, UNIT, wait_sec=plan.wait_sec)
     verb = "reconfigure" if anew else "renew"
     for name in found.values():
-        context.run.check("networkctl", verb, name)
+        context.run.check("networkctl", verb, "--", name)
     problems = [
         problem for index, name in found.items() if (problem := _verify(context, plan, index, name, before[index]))
     ]

@@ -18,6 +18,7 @@ from typing import Any
 
 from vmfork import settings
 from vmfork.actions import dhcp_networkd, ipv6_eui64, netlink, spread
+from vmfork.actions.commands import operand
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.netlink import Link
 from vmfork.errors import ActionError, ActionSkipped
@@ -83,7 +84,7 @@ def _renew(context: ActionContext, route: Any, link: Link) -> None:
     if command:
         if context.would(f"give {link.name} the MAC address that {command[0]} prints (now {link.address})"):
             return
-        told = context.run.check(*command, link.name, environment=context.hook_environment())
+        told = context.run.check(*command, operand(link.name), environment=context.hook_environment())
         new = check_address(told.text)
     else:
         new = derived(context.get(settings.MAC_TEMPLATE), context.token, link.name)

@@ -92,7 +92,7 @@ def _renew(context: ActionContext, name: str, first: Process) -> None:
         context.say(f"restarted {where}: its shared session cache would outlive a reload")
         return
     if unit is not None and _can_reload(context, unit):
-        context.run.systemctl("reload", "--", unit, timeout=_PATIENCE_SEC)
+        context.run.systemctl("reload", unit, timeout=_PATIENCE_SEC)
     elif name == "haproxy" and not before:
         raise no_master(name)
     elif not processes.tell(first, context.paths, server.signal):
@@ -126,7 +126,7 @@ def _name(process: Process) -> str:
 def _restart(context: ActionContext, first: Process, unit: str | None) -> None:
     if unit is None:
         raise ActionError("keeps sessions in a shared cache over a reload", hint="restart nginx after each fork")
-    context.run.systemctl("try-restart", "--", unit)
+    context.run.systemctl("try-restart", unit)
     now = processes.look(context.paths, first.pid)
     if now is not None and now.image == first.image:
         raise ActionError("was restarted, and yet the old process goes on")

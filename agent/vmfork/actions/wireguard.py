@@ -16,6 +16,7 @@ import re
 
 from vmfork import settings
 from vmfork.actions import files, netlink, spread
+from vmfork.actions.commands import operand
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.netlink import Link
 from vmfork.errors import ActionError, ActionSkipped
@@ -87,6 +88,8 @@ def _renew(context: ActionContext, link: Link) -> None:
         return
     if command and context.run.find(command[0]) is None:
         raise ActionError(f"PublishCommand= names {command[0]}, which cannot be run: the key is left as it is")
+    if command or not _is_kernels(link):
+        operand(link.name)
     old, key = _public_key(context, link), new_key()
     # The files first: a kill in between leaves the old key in service, and a repeat replaces both.
     for path in places:
