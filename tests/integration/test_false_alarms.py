@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from torture.alarms import ALARMS, Alarm, plain_boot_with_a_new_id, play
+from torture.alarms import ALARMS, HIDDEN, Alarm, plain_boot_with_a_new_id, play
 
 
-@pytest.mark.parametrize("alarm", ALARMS, ids=str)
+@pytest.mark.parametrize("alarm", [*ALARMS, *HIDDEN], ids=str)
 def test_is_no_fork(alarm: Alarm) -> None:
     assert play(alarm).violations == []
 

@@ -131,8 +131,8 @@ class LiveGuest:
         with Client.connect(self.guest.paths.admin_socket) as client:
             client.call("io.vmfork.Reload", {})
 
-    def is_written(self, generation: int, value: bytes) -> bool:
-        """Disk and memory know of this fork and that it was handled."""
+    def is_written(self, generation: int, value: bytes | None) -> bool:
+        """Disk and memory know of this fork and that it was handled; `value` is the ID, None where none is readable."""
         saved, remembered = state.load_saved(self.guest.paths), state.load_remembered(self.guest.paths)
         events = history.load(self.guest.paths).events
         if saved is None or remembered is None or [one.generation for one in events] != [*range(2, generation + 1)]:
