@@ -100,6 +100,12 @@ except vmfork.Unavailable:
 print(json.dumps({"before": before, "detection": watched(), "after": after, "ms": took * 1000}))
 """
 
+# Runs until it is let go, and says that it began, with the token of its fork.
+_SLOW_HOOK = """#!/bin/sh
+echo "$VMFORK_FORK_TOKEN" >>/run/lab-slow
+until [ -e /run/lab-go ]; do sleep 0.2; done
+"""
+
 
 def entries(guest: Guest) -> list[dict[str, str]]:
     """The whole journal of this boot."""
@@ -174,6 +180,26 @@ def test_a_killed_daemon_leaves_a_page_that_says_so_and_comes_back(trixie: Saved
     assert main_process(guest, "vmforkd.service") not in ("0", before)
     assert view.status(guest)["generation"] == 1
     assert [one["kind"] for one in view.fence(guest)] == ["manual"]
+
+
+def test_detector_and_reactor_killed_while_a_hook_runs_handle_the_fork_once(trixie: Saved, clones: Clones) -> None:
+    first = clones.restore(trixie, "slow", guid=trixie.guid)
+    view.put(first, "/etc/vmfork/hooks.d/01-lab-slow", _SLOW_HOOK, mode="0755")
+    guest = clones.restore(first.save(), "slow-fork", guid=uuid.uuid4())
+    began = "test $(wc -l </run/lab-slow) -ge "
+    guest.until("sh", "-c", f"{began}1", seconds=120, what="the slow hook runs")
+    guest.check("kill", "-KILL", main_process(guest, "vmfork-react.service"))
+    guest.until("sh", "-c", f"{began}2", seconds=120, what="it runs again after the reactor's death")
+    before = main_process(guest, "vmforkd.service")
+    guest.check("kill", "-KILL", before)
+    guest.until("sh", "-c", f"{began}3", seconds=120, what="it runs again after the detector's death")
+    assert main_process(guest, "vmforkd.service") != before
+    guest.check("touch", "/run/lab-go")
+    event = view.wait_event(guest, after=1)
+    assert (event["generation"], event["kind"], event["state"]) == (2, "live", "settled"), event
+    assert not view.failed_hooks(event)
+    assert [one["token"] for one in view.events(guest)] == [event["token"]]
+    assert set(guest.check("cat", "/run/lab-slow").split()) == {event["token"]}
 
 
 @pytest.mark.parametrize("whom", ["main", "all"])
