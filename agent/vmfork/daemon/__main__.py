@@ -56,8 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.nobody_watches:
             _say_that_nobody_watches(paths)
         else:
+            from vmfork.daemon import coredumps
             from vmfork.daemon.agent import Vmforkd
 
+            coredumps.forbid()
             Vmforkd(paths, early=options.boot).run()
     except VmforkError as error:
         log.error("%s", error)
