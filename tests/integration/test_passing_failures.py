@@ -44,14 +44,13 @@ def test_a_fork_while_the_id_cannot_be_read_counts_once_and_its_id_is_remembered
         new = os.urandom(16)
         guest.set_generation_id(new)
 
-        def is_remembered() -> bool:
-            remembered = state.load_remembered(guest.paths)
-            return remembered is not None and remembered.truths.get(GENERATION_ID) == new
+        def is_known() -> bool:
+            remembered, saved = state.load_remembered(guest.paths), state.load_saved(guest.paths)
+            assert remembered is not None
+            assert saved is not None
+            return remembered.truths.get(GENERATION_ID) == saved.generation_id == new
 
-        eventually(is_remembered)
-        saved = state.load_saved(guest.paths)
-        assert saved is not None
-        assert saved.generation_id == new
+        eventually(is_known)
         guest.fork(os.urandom(16))
         daemon.settled(3)
         assert [one["generation"] for one in daemon.forks()] == [2, 3]

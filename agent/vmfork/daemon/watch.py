@@ -140,7 +140,7 @@ class Watch:
         words = self._words(heard, truths)
         decision = decide(
             self._memory,
-            WakeUp(now_ns=time.monotonic_ns(), words=words, truths=truths, listening=self._may_speak(heard, truths)),
+            WakeUp(now_ns=time.monotonic_ns(), words=words, truths=truths, listening=self.sources.listening),
         )
         first_sight = GENERATION_ID in truths and (self._id_is_from_disk or GENERATION_ID not in self._memory.truths)
         is_cold = self._id_is_from_disk and self._ledger.saved.boot_id != self._ledger.remembered.boot_id
@@ -162,16 +162,11 @@ class Watch:
 
     def _words(self, heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> dict[str, int]:
         words = {name: said.words for name, said in heard.items() if said.words}
-        # The kernel's word may be among what was lost, or come after its counters, which cannot be, told of the fork.
-        # Looked at before the page shows this fork, they will have moved at the next one.
+        # They cannot be lost. In no other case before the page: they are a column for each processor, and take longer
+        # to read than everything else that a fork waits for.
         if _asks_counters(heard, truths) and self._interrupts.have_moved():
             words[interrupts.NAME] = 1
         return words
-
-    def _may_speak(self, heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> frozenset[str]:
-        """The edges whose word may still come; the counters, too, where they count and were not asked now."""
-        unasked = GENERATION_ID not in truths and not _asks_counters(heard, truths)
-        return self.sources.listening | {interrupts.NAME} if unasked else self.sources.listening
 
     def _follow_up(self, decision: Decision, heard: Mapping[str, Heard], *, first_sight: bool) -> None:
         for name in decision.odd:
@@ -295,6 +290,5 @@ class Watch:
 
 
 def _asks_counters(heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> bool:
-    """The interrupt counters count where no ID can be read, when the kernel spoke or what it said was lost."""
-    spoke = any(said.words for said in heard.values()) or heard["kmsg"].lost
-    return GENERATION_ID not in truths and spoke
+    """The interrupt counters count where no ID can be read and what the kernel said may be among what was lost."""
+    return heard["kmsg"].lost and GENERATION_ID not in truths
