@@ -10,12 +10,23 @@ import pytest
 
 from support.fakeguest import FakeGuest
 from support.runningdaemon import RunningDaemon
+from support.tools import need_root
+from torture.liveguest import LiveGuest
 
 
 @pytest.fixture
 def guest(tmp_path: Path) -> Iterator[FakeGuest]:
     """A guest in a plain directory."""
     with FakeGuest(tmp_path / "guest") as made:
+        yield made
+
+
+@pytest.fixture
+def live() -> Iterator[LiveGuest]:
+    """A guest that other users may look into; for root, who can play them."""
+    need_root()
+    with LiveGuest("guest") as made:
+        made.top.chmod(0o755)
         yield made
 
 

@@ -34,6 +34,17 @@ def poll_quickly(guest: FakeGuest) -> None:
     guest.put(guest.paths.config_etc + "/vmfork.conf", b"[Detect]\nPollIntervalSec=20ms\n")
 
 
+def clone_cold(guest: FakeGuest, daemon: RunningDaemon) -> None:
+    """The guest's disk boots as another machine; vmforkd is still to be started."""
+    guest.set_smbios_uuid("11111111-1111-1111-1111-111111111111")
+    daemon.stop()
+    daemon.start()
+    daemon.stop()
+    guest.set_generation_id(fresh_id())
+    guest.set_boot_id(OTHER_BOOT)
+    guest.set_smbios_uuid("22222222-1111-1111-1111-111111111111")
+
+
 def test_the_first_start_records_a_baseline_only(guest: FakeGuest) -> None:
     with RunningDaemon(guest) as daemon:
         assert (daemon.status()["generation"], daemon.status()["last_fork"]) == (1, None)
@@ -287,12 +298,8 @@ def test_a_plain_boot_is_no_event(guest: FakeGuest) -> None:
 
 
 def test_a_cold_fork_with_another_smbios_uuid_rotates_the_identity(guest: FakeGuest) -> None:
-    guest.set_smbios_uuid("11111111-1111-1111-1111-111111111111")
     with RunningDaemon(guest) as daemon:
-        daemon.stop()
-        guest.set_generation_id(fresh_id())
-        guest.set_boot_id(OTHER_BOOT)
-        guest.set_smbios_uuid("22222222-1111-1111-1111-111111111111")
+        clone_cold(guest, daemon)
         daemon.start()
         identity = daemon.settled(2)["identity"]
         assert identity["policy"] == "rotate"
@@ -300,12 +307,8 @@ def test_a_cold_fork_with_another_smbios_uuid_rotates_the_identity(guest: FakeGu
 
 
 def test_a_fork_that_supersedes_a_rotation_takes_it_over(guest: FakeGuest) -> None:
-    guest.set_smbios_uuid("11111111-1111-1111-1111-111111111111")
     with RunningDaemon(guest) as daemon:
-        daemon.stop()
-        guest.set_generation_id(fresh_id())
-        guest.set_boot_id(OTHER_BOOT)
-        guest.set_smbios_uuid("22222222-1111-1111-1111-111111111111")
+        clone_cold(guest, daemon)
         write_hook(guest, "10-slow", SLOW.format(what="$VMFORK_GENERATION $VMFORK_IDENTITY"))
         daemon.start()
         eventually(lambda: (guest.root / "ran").exists())

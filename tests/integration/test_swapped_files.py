@@ -17,9 +17,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from support.tools import need_root
 from torture.liveguest import LiveGuest
 from vmfork import history, state
 from vmfork.errors import InputError
@@ -84,14 +81,6 @@ def swapping(uid: int, bait: Path, *places: str) -> Iterator[None]:
         said, complaints = swapper.communicate("end\n", timeout=60)
     assert swapper.returncode == 0, complaints
     assert int(said) > FORKS, "the swapper hardly ran"
-
-
-@pytest.fixture
-def live() -> Iterator[LiveGuest]:
-    need_root()
-    with LiveGuest("guest") as made:
-        made.top.chmod(0o755)
-        yield made
 
 
 def plant(live: LiveGuest) -> tuple[Path, list[str]]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,14 +37,6 @@ PARAMETERS: dict[str, dict[str, object]] = {
     "ReportHook": {"token": "00" * 16, "name": "10-x", "path": "/x"},
     "EndReaction": {"token": "00" * 16, "state": "settled"},
 }
-
-
-@pytest.fixture
-def live() -> Iterator[LiveGuest]:
-    need_root()
-    with LiveGuest("guest") as made:
-        made.top.chmod(0o755)
-        yield made
 
 
 def forked(live: LiveGuest) -> tuple[bytes, bytes]:
