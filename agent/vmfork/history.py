@@ -8,6 +8,7 @@ at the end and hold one block: what somebody asks of it must not make the daemon
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -86,9 +87,9 @@ def _lines_from_the_end(path: str) -> Iterator[bytes]:
             yield from filter(None, reversed(lines))
         if rest:
             yield rest
-    except IsADirectoryError as error:
-        raise InputError(path, "is a directory") from error
     except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ESPIPE):
+            raise InputError(path, "is no regular file") from error
         raise UnreadableError(path, f"cannot be read: {error.strerror}") from error
     finally:
         os.close(descriptor)

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from support.crowd import connected, connected_as
-from support.fakeguest import FakeGuest
+from support.fakeguest import FIRST_GENERATION_ID, FakeGuest
 from support.privilege import NOBODY
 from support.runningdaemon import RunningDaemon, eventually
 from support.tools import need_root
+from vmfork import state
 from vmfork.history import KEPT, HistoryWriter
 from vmfork.model import EventState, ForkEvent, HookOutcome, HookResult, Identity, IdentityPolicy, Kind
 from vmfork.page import read_page
@@ -50,11 +51,12 @@ def past_fork(generation: int) -> ForkEvent:
 
 @pytest.fixture
 def daemon(guest: FakeGuest) -> RunningDaemon:
-    """Not started yet; its history holds the forks 2 to 1001."""
+    """Not started yet; its history holds the forks 2 to 1001, and its state says so."""
     Path(guest.paths.state_dir).mkdir(parents=True, exist_ok=True)
     writer = HistoryWriter(guest.paths)
     for generation in range(2, KEPT + 2):
         writer.append(past_fork(generation))
+    state.store_saved(guest.paths, state.Saved(generation=KEPT + 1, generation_id=FIRST_GENERATION_ID))
     return RunningDaemon(guest)
 
 
@@ -104,7 +106,7 @@ def test_the_list_ends_with_the_newest_fork_and_begins_where_the_limit_says(
 ) -> None:
     with daemon:
         guest.fork(os.urandom(16))
-        newest = daemon.settled(2)["generation"]
+        newest = daemon.settled(KEPT + 2)["generation"]
         with Client.connect(guest.paths.public_socket) as client:
             assert generations(client, None) == [*range(3, KEPT + 2), newest]
             assert generations(client, 3) == [KEPT, KEPT + 1, newest]
@@ -123,6 +125,8 @@ def test_a_pipe_in_the_place_of_the_history_does_not_hold_the_daemon_up(
 ) -> None:
     os.unlink(guest.paths.history)
     os.mkfifo(guest.paths.history)
+    # Without it, the start looks into the history for where the last daemon was.
+    os.unlink(guest.paths.state)
     with daemon, Client.connect(guest.paths.public_socket) as client:
         assert generations(client, None) == []
 
