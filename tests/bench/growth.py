@@ -14,7 +14,8 @@ from bench.crowd import Crowd, hook_times
 from bench.footprint import memory_mib, start_ms
 from bench.place import environment, fake_daemon, guest_python, scratch
 from bench.samples import Chapter, Curve, Series
-from support.fakeguest import FakeGuest
+from support.fakeguest import FIRST_GENERATION_ID, FakeGuest
+from vmfork import state
 from vmfork.history import KEPT
 
 # What one more may cost in the last step over what it cost before: n log n reaches 1.5, n to the 1.5 2.2, a square 3.3.
@@ -59,6 +60,8 @@ def subscribers(rounds: int) -> tuple[Curve, Curve]:
 
 
 def fill_history(guest: FakeGuest, count: int) -> None:
+    """As after so many forks; the state says where the last daemon was, without it the start asks the history."""
+    state.store_saved(guest.paths, state.Saved(generation=2, generation_id=FIRST_GENERATION_ID))
     event = {
         "generation": 2,
         "kind": "live",
