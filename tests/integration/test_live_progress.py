@@ -78,7 +78,7 @@ def test_a_newer_fork_is_followed_in_the_place_of_the_triggered_one(
     watched = Watched(guest, "rotate", NO_COLOR="1")
     watched.until("10-first")
     guest.fork(os.urandom(16))
-    watched.until("superseded by generation 3, identity: keep")
+    watched.until("superseded by generation 3, identity: rotate")
     watched.until("10-first")
     go.touch()
     assert watched.code() == 0
