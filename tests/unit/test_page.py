@@ -329,6 +329,7 @@ except InputError as error:
 def test_a_page_without_room_is_an_error_and_not_the_end_of_the_writer(tmp_path: Path, size: int) -> None:
     need_root()
     need("unshare", package="util-linux")
+    need("mount", package="mount")
     script = 'mount -t tmpfs -o size=64k none "$1" && exec "$2" -c "$3" "$1" "$4"'
     run = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, "-", tmp_path, sys.executable, _FULL, str(size)],
