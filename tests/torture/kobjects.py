@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import select
 import socket
 import struct
@@ -68,8 +69,8 @@ def uevent(data: bytes) -> int:
     Returns how many words were heard.
     """
     data = data[:_MOST]
-    # libudev drops a carriage return or a newline at the end of a value.
-    strings = [string.rstrip(b"\r\n") for string in data.split(b"\0")]
+    # libudev cuts a value off at a carriage return or a newline.
+    strings = [re.split(rb"[\r\n]", string, maxsplit=1)[0] for string in data.split(b"\0")]
     if not _kernels:
         _kernels.append(_Kernel())
     kernel = _kernels[0]
