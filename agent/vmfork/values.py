@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -87,6 +86,10 @@ def words(value: str) -> tuple[str, ...]:
 
 def command(value: str) -> tuple[str, ...]:
     """A command line: split like a shell does (quotes, backslashes) but never run by one; the program is absolute."""
+    if not value.strip():
+        return ()
+    import shlex  # the idle detector does without it, as long as no command is configured
+
     try:
         argv = tuple(shlex.split(value))
     except ValueError:

@@ -29,9 +29,14 @@ def _started(**environment: str) -> Process:
         ["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
     )
     _kept.append(child)
-    process = descendants.read_process(child.pid)
-    while process is None or process.session != child.pid:
-        process = descendants.read_process(child.pid)
+    wanted = b"".join(f"{name}={value}\0".encode() for name, value in environment.items())
+    # The kernel closes what ends an exec for its parent before the new program's environment can be read.
+    while (
+        (process := descendants.read_process(child.pid)) is None
+        or process.session != child.pid
+        or (Path(f"/proc/{child.pid}/environ").read_bytes() != wanted)
+    ):
+        pass
     return process
 
 
