@@ -17,12 +17,14 @@ from vmfork.paths import Paths
 log = logging.getLogger(__name__)
 
 IDENTIFIER = "vmforkd"
+# For what a service manager waits for; it takes messages at once, unless it is in trouble itself.
+READY_SEC = 1.0
 
 
-def notify(state: str) -> None:
+def notify(state: str, *, wait_sec: float = 0.0) -> None:
     """Tell the service manager, for instance "READY=1"; nothing happens outside of a Type=notify service.
 
-    What cannot be told is logged: nobody may end for it.
+    What it does not take within `wait_sec` is logged: nobody may end for it, nor wait for a manager that hangs.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
@@ -30,9 +32,10 @@ def notify(state: str) -> None:
     try:
         # sd_notify(3): one datagram; "@" stands for the zero byte of an abstract address.
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(wait_sec)
             sender.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
     except OSError as error:
-        log.warning("the service manager cannot be told %s: %s", state.partition("\n")[0], error.strerror)
+        log.warning("the service manager cannot be told %s: %s", state.partition("\n")[0], error.strerror or error)
 
 
 def booted(paths: Paths) -> bool:

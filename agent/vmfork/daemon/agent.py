@@ -116,7 +116,7 @@ class Vmforkd:
         # written to, which would make a private copy of each in every clone.
         gc.collect()
         gc.freeze()
-        sysd.notify(f"READY=1\nSTATUS={self._summary()}")
+        sysd.notify(f"READY=1\nSTATUS={self._summary()}", wait_sec=sysd.READY_SEC)
         self.loop.run()
         sysd.notify("STOPPING=1")
         self._stop()
@@ -142,9 +142,9 @@ class Vmforkd:
         return f"generation {self.ledger.generation}, watching: {', '.join(live) or 'nothing'}"
 
     def _on_hangup(self) -> None:
-        sysd.notify("RELOADING=1")
+        sysd.notify("RELOADING=1", wait_sec=sysd.READY_SEC)
         self.reload()
-        sysd.notify(f"READY=1\nSTATUS={self._summary()}")
+        sysd.notify(f"READY=1\nSTATUS={self._summary()}", wait_sec=sysd.READY_SEC)
 
     def reload(self) -> tuple[str, ...]:
         """Read the configuration again, look for all sources again; what is wrong with the configuration."""
