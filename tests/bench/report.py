@@ -146,7 +146,7 @@ def plots(chapters: list[Chapter], directory: Path) -> list[Path]:
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "vmfork", "font.size": 9})
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9))
+    figure, axes = pyplot.subplots(2, 2, figsize=(15, 10))
     by_name = {chapter.name: chapter for chapter in chapters}
     _latencies(axes[0][0], by_name.get("edge"))
     _budgets(axes[0][1], chapters)
@@ -186,7 +186,7 @@ def _budgets(axis: Any, chapters: list[Chapter]) -> None:
     colours = ["tab:green" if share <= 1 else "tab:red" for share in shares]
     places = range(len(judged))
     axis.barh(places, [min(max(share, 0), 4) for share in shares], color=colours)
-    axis.set_yticks(places, [one.what.replace(", ", ",\n", 1) for one in judged], fontsize=6)
+    axis.set_yticks(places, [one.what for one in judged], fontsize=6)
     axis.invert_yaxis()
     axis.axvline(1, color="grey", linestyle=":")
 
