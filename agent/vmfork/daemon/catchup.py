@@ -7,32 +7,22 @@ between would make the next boot react to it again. While everything is written,
 
 from __future__ import annotations
 
+from vmfork.daemon.again import Again
 from vmfork.daemon.ledger import Ledger
-from vmfork.daemon.loop import Deadline, Loop
-
-_PAUSES_SEC = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+from vmfork.daemon.loop import Loop
 
 
 class CatchUp:
     """Tries again with growing pauses from the first refusal on."""
 
     def __init__(self, loop: Loop, ledger: Ledger) -> None:
-        self._loop = loop
         self._ledger = ledger
-        self._deadline: Deadline | None = None
-        self._tries = 0
-        ledger.refusals.refused = self._later
+        self._again = Again(loop, self._try)
+        ledger.refusals.refused = self._again.later
         if ledger.refusals.is_behind:
-            self._later()
-
-    def _later(self) -> None:
-        if self._deadline is None:
-            pause = _PAUSES_SEC[min(self._tries, len(_PAUSES_SEC) - 1)]
-            self._deadline = self._loop.after(pause, self._try)
+            self._again.later()
 
     def _try(self) -> None:
-        self._deadline = None
-        self._tries += 1
         self._ledger.catch_up()
         if not self._ledger.refusals.is_behind:
-            self._tries = 0
+            self._again.helped()

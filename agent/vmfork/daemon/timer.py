@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vmfork.daemon.again import Again
 from vmfork.daemon.loop import Deadline, Loop
-
-_PAUSES_SEC = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class Timer:
@@ -20,10 +19,8 @@ class Timer:
 
     def __init__(self, loop: Loop, *, probe: Callable[[], None]) -> None:
         self._loop = loop
-        self._probe = probe
         self._next: Deadline | None = None
-        self._again: Deadline | None = None
-        self._tries = 0
+        self._again = Again(loop, probe)
 
     @property
     def runs(self) -> bool:
@@ -49,12 +46,7 @@ class Timer:
 
     def note_failed(self, *, failed: bool) -> None:
         """Probe after a pause if a source has failed; a longer one each time that did not help."""
-        if not failed:
-            self._tries = 0
-        elif self._again is None:
-            self._again = self._loop.after(_PAUSES_SEC[min(self._tries, len(_PAUSES_SEC) - 1)], self._probe_again)
-            self._tries += 1
-
-    def _probe_again(self) -> None:
-        self._again = None
-        self._probe()
+        if failed:
+            self._again.later()
+        else:
+            self._again.helped()
