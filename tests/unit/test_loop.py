@@ -8,6 +8,8 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import pytest
+
 from support.clockshift import ClockShift
 from support.runningdaemon import environment
 from vmfork.daemon.loop import Loop
@@ -121,38 +123,47 @@ def test_what_is_put_off_for_no_time_lets_descriptors_go_first() -> None:
 
 
 _LEAPS = """
-import os, struct, sys, time
+import os, struct, sys, threading
 from vmfork.daemon.loop import Loop
+
+moment = sys.argv[1]
+loop, ran = Loop(), []
+reading, writing = os.pipe()
 
 def leap():
     with open(os.environ["CLOCKSHIFT"], "r+b") as file:
         file.write(struct.pack("<qqq", 0, 9 * 3_600_000_000_000, 0))
 
-loop, ran = Loop(), []
-loop.after(1.0, lambda: ran.append("deadline"))
-reading, writing = os.pipe()
+def paused():
+    leap()
+    os.write(writing, b"x")
 
 def resumed():
     os.read(reading, 1)
+    if moment == "running":
+        leap()
     ran.append("resumed")
     loop.after(0.3, lambda: ran.append("a third of a second later"))
 
 loop.watch(reading, resumed)
-child = os.fork()
-if child == 0:
-    leap()
+loop.after(1.0, lambda: ran.append("deadline"))
+if moment == "waiting":
+    threading.Timer(0.2, paused).start()
+elif moment == "about to wait":
+    paused()
+else:
     os.write(writing, b"x")
-    os._exit(0)
 loop.after(2.0, loop.stop)
 loop.run()
 print(*ran, sep=", ")
 """
 
 
-def test_a_guest_that_was_paused_for_hours_owes_no_deadline(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["about to wait", "waiting", "running"])
+def test_a_guest_that_was_paused_for_hours_owes_no_deadline(tmp_path: Path, moment: str) -> None:
     clocks = ClockShift(tmp_path)
     said = subprocess.run(
-        [sys.executable, "-c", _LEAPS],
+        [sys.executable, "-c", _LEAPS, moment],
         env={**environment(), **clocks.environment},
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 from typing import Any
 
 _FEW = 64  # deadlines that are not worth a sweep
-# A wait that lasted so much longer than it was meant to was no wait: the guest was paused, and its clock ran on. The
+# So much more between two looks at the clock than was waited for: the guest was paused, and its clock ran on. The
 # kernel's clocks of a paused guest stand still by design (kvmclock), but not where the processor's own counter is read.
 _PAUSE_SEC = 5.0
 _ROUND = 64  # descriptors in one round; epoll takes those that had to wait first in the next one
@@ -59,6 +59,8 @@ class Loop:
         self._running = True
         self._wake_up: tuple[int, int] | None = None
         self._handlers: dict[int, Callable[[], None]] = {}
+        self._looked = time.monotonic()
+        self._waited = 0.0
 
     def run(self) -> None:
         while self._running:
@@ -66,10 +68,8 @@ class Loop:
 
     def turn(self, patience: float | None) -> None:
         """One round: wait that many seconds at most (None: for ever), call what is ready, run what is due."""
-        began = 0.0 if patience is None else time.monotonic()
+        self._waited = patience or 0.0
         ready = self._epoll.poll(patience, _ROUND)
-        if patience is not None:
-            self._allow_for_a_pause(patience, time.monotonic() - began)
         for descriptor, events, watched in [(one, events, self._watched.get(one)) for one, events in ready]:
             # An earlier call of this round may have unregistered it, and its number may be another file's by now.
             if watched is not None and self._watched.get(descriptor) is watched:
@@ -113,8 +113,8 @@ class Loop:
         """Call `action` once, so many seconds from now."""
         if len(self._deadlines) >= self._sweep_at:
             self._sweep()
-        deadline = Deadline(action)
-        heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._order), deadline))
+        deadline, when = Deadline(action), self._look() + seconds
+        heapq.heappush(self._deadlines, (when, next(self._order), deadline))
         return deadline
 
     def _sweep(self) -> None:
@@ -147,16 +147,22 @@ class Loop:
             heapq.heappop(self._deadlines)
         if not self._deadlines:
             return None
-        return max(0.0, self._deadlines[0][0] - time.monotonic())
+        now = self._look()
+        return max(0.0, self._deadlines[0][0] - now)
 
-    def _allow_for_a_pause(self, patience: float, passed: float) -> None:
-        # How much of it the guest was running is not known: nobody gets less time than was promised.
-        if passed > patience + _PAUSE_SEC:
+    def _look(self) -> float:
+        """The time. A pause since the last look, be it in a wait or in what was called, is taken off every deadline."""
+        now = time.monotonic()
+        passed, waited = now - self._looked, self._waited
+        self._looked, self._waited = now, 0.0
+        if passed > waited + _PAUSE_SEC:
+            # How much of it the guest was running is not known: nobody gets less time than was promised.
             self._deadlines = [(when + passed, order, deadline) for when, order, deadline in self._deadlines]
+        return now
 
     def _run_due(self) -> None:
         # Of one moment: what is set while these run, even for at once, is for the next round, after the descriptors.
-        now = time.monotonic()
+        now = self._look()
         while self._deadlines and self._deadlines[0][0] <= now:
             heapq.heappop(self._deadlines)[2].run()
 
