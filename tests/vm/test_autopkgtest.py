@@ -64,4 +64,4 @@ def test_unit_suite_passes_against_the_installed_packages(tmp_path: Path) -> Non
         )
     finally:
         shutil.rmtree(box.upper)
-    assert verdicts == {"unit": "PASS"}
+    assert verdicts == {"unit": "PASS"}, autopkgtest.said(output)

@@ -127,7 +127,7 @@ def test_autopkgtests_of_the_running_system_pass(fresh: Fresh, clones: Clones, t
         command = [program, f"--output-dir={output}", "--timeout-factor=5", "--no-built-binaries"]
         command += ["--test-name=daemon", "--test-name=fork", str(source), "--", *testbed]
         verdicts = autopkgtest.verdicts(command, output, name="guest", seconds=1200)
-    assert verdicts == {"daemon": "PASS", "fork": "PASS"}
+    assert verdicts == {"daemon": "PASS", "fork": "PASS"}, autopkgtest.said(output)
 
 
 @pytest.mark.parametrize("release", ["trixie"], indirect=True)

@@ -116,3 +116,9 @@ def verdicts(command: Sequence[str], output: Path, *, name: str, seconds: float)
     keep(f"autopkgtest-summary-{name}", text)
     lines = (line.split(maxsplit=1) for line in text.splitlines())
     return {words[0]: words[1] for words in lines}
+
+
+def said(output: Path) -> str:
+    """The last of what each test printed, for a person who must find out why it failed."""
+    streams = sorted([*output.glob("*-stdout"), *output.glob("*-stderr")])
+    return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-6000:]}" for path in streams)
