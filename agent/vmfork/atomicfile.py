@@ -90,13 +90,18 @@ def read_up_to(descriptor: int, size: int) -> bytes:
     return data
 
 
+def may_pass(error: OSError) -> bool:
+    """Whether it says nothing about the file itself: the same read may succeed a little later."""
+    return error.errno in _PASSING
+
+
 def patiently(read: Callable[[], T]) -> T:
     """What `read` returns. While it fails by what may pass it is tried again, for a third of a second; then OSError."""
     for pause in _PAUSES_SEC:
         try:
             return read()
         except OSError as error:
-            if error.errno not in _PASSING:
+            if not may_pass(error):
                 raise
         time.sleep(pause)
     return read()

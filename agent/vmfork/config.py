@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from vmfork import settings
-from vmfork.atomicfile import patiently, read_up_to
-from vmfork.errors import ConfigError
+from vmfork.atomicfile import may_pass, patiently, read_up_to
+from vmfork.errors import ConfigError, UnreadableError
 from vmfork.paths import Paths
 from vmfork.settings import Setting
 from vmfork.trust import Inspector, Untrusted
@@ -54,11 +54,15 @@ class HookSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything that was configured; `problems` are the complaints to show, each with its file and line."""
+    """Everything that was configured; `problems` are the complaints to show, each with its file and line.
+
+    `is_whole` is False where the kernel refused to show a part of it, for a reason that may pass.
+    """
 
     assignments: Mapping[tuple[str, str], Assignment] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    is_whole: bool = True
 
     def get(self, setting: Setting[T], *, section: str | None = None) -> T:
         """The value of a setting, its default where nothing usable was configured."""
@@ -80,17 +84,26 @@ class Config:
         )
 
 
+@dataclass(slots=True, kw_only=True)
+class Complaints:
+    """What is wrong so far; `unread` once something could not be read for a reason that may pass."""
+
+    problems: list[str] = field(default_factory=list)
+    unread: bool = False
+
+
 def load(paths: Paths) -> Config:
     """Read all configuration files; never raises for what stands in them."""
     chosen: dict[tuple[str, str], Assignment] = {}
-    problems: list[str] = []
-    files: list[str] = []
-    for path in configuration_files(paths, problems):
-        files.append(path)
+    complaints = Complaints()
+    problems = complaints.problems
+    files = configuration_files(paths, complaints)
+    for path in files:
         try:
             text = _text(paths, path)
-        except ConfigError as error:
+        except (ConfigError, UnreadableError) as error:
             problems.append(str(error))
+            complaints.unread = complaints.unread or isinstance(error, UnreadableError)
             continue
         for assignment in parse(text, path, problems):
             problem = _check(assignment)
@@ -100,10 +113,10 @@ def load(paths: Paths) -> Config:
                 problems.append(problem)
                 # Not the value of an earlier file: the admin meant to replace that one.
                 chosen.pop((assignment.section, assignment.key), None)
-    return Config(assignments=chosen, problems=tuple(problems), files=tuple(files))
+    return Config(assignments=chosen, problems=tuple(problems), files=tuple(files), is_whole=not complaints.unread)
 
 
-def configuration_files(paths: Paths, problems: list[str]) -> list[str]:
+def configuration_files(paths: Paths, complaints: Complaints) -> list[str]:
     """The files to read, in the order in which they apply: the main file, then the drop-ins by name.
 
     A directory that is not trusted has no say, as one of hooks: it neither overrides nor masks, and it is reported.
@@ -112,19 +125,20 @@ def configuration_files(paths: Paths, problems: list[str]) -> list[str]:
     drop_ins: dict[str, str] = {}
     with Inspector(paths.root) as inspector:
         for directory in (paths.config_lib, paths.config_run, paths.config_etc):
-            if not _has_say(inspector, directory, problems):
+            if not _has_say(inspector, directory, complaints.problems):
                 continue
             if _exists(main := os.path.join(directory, MAIN)):
                 mains.append(main)
             folder = os.path.join(directory, MAIN + ".d")
-            if not _has_say(inspector, folder, problems):
+            if not _has_say(inspector, folder, complaints.problems):
                 continue
             try:
                 names = sorted(patiently(lambda folder=folder: os.listdir(folder)))  # type: ignore[misc]
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
-                problems.append(f"{folder}: cannot be listed: {error.strerror}")
+                complaints.problems.append(f"{folder}: cannot be listed: {error.strerror}")
+                complaints.unread = complaints.unread or may_pass(error)
                 continue
             drop_ins.update({name: os.path.join(folder, name) for name in names if name.endswith(".conf")})
     ordered = [*mains[-1:], *(drop_ins[name] for name in sorted(drop_ins))]
@@ -163,14 +177,18 @@ def _is_masked(path: str) -> bool:
 
 
 def _text(paths: Paths, path: str) -> str:
-    """What stands in the file; ConfigError where somebody else may have written it, or it cannot be read."""
+    """What stands in the file; ConfigError where somebody else may have written it, or it cannot be read.
+
+    UnreadableError in its place where that may pass.
+    """
     ignored = "its settings are ignored"
     try:
         return patiently(lambda: _read(_trusted(paths, path))).decode()
     except Untrusted as error:
         raise ConfigError(path, f"is not trusted: {error}", hint=error.hint) from error
     except OSError as error:
-        raise ConfigError(path, f"cannot be read: {error.strerror}", hint=ignored) from error
+        kind = UnreadableError if may_pass(error) else ConfigError
+        raise kind(path, f"cannot be read: {error.strerror}", hint=ignored) from error
     except UnicodeDecodeError as error:
         raise ConfigError(path, "is not a text file in UTF-8", hint=ignored) from error
 

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from support.fakeguest import FakeGuest
-from support.runningdaemon import RunningDaemon, environment
-from support.tools import need, need_root
+from support.runningdaemon import RunningDaemon, environment, eventually
+from support.tools import need, need_ptrace, need_root
+from torture.injection import Attached, Injection, strace, strace_of
 
 
 def unreadable(path: Path) -> None:
@@ -165,3 +166,32 @@ def test_what_cat_config_prints_is_a_configuration_that_says_the_same(guest: Fak
     assert {key: value for key, (value, _) in settings_shown(run).items()} == {
         key: value for key, (value, _) in before.items()
     }
+
+
+@pytest.mark.parametrize("where", ["vmfork.conf", "vmfork.conf.d"])
+def test_what_a_disk_does_not_show_at_a_reload_still_holds(guest: FakeGuest, where: str) -> None:
+    need_ptrace()
+    path = place(guest, "vmfork.conf" if where == "vmfork.conf" else "vmfork.conf.d/50-mine.conf")
+    text("[React]\nIdentity=rotate\n")(path)
+    with RunningDaemon(guest) as daemon:
+        fault = strace_of(daemon.pid, ["openat"], "error=EIO", [str(place(guest, where))])
+        with Attached(fault):
+            refused = daemon.ctl("reload")
+            policy = daemon.status()["identity"]["policy"]
+            text("[React]\nIdentity=keep\n")(path)
+        assert "Input/output error" in refused.stderr
+        assert policy == "rotate"
+        # Nobody asks for it: it is looked at again.
+        eventually(lambda: daemon.status()["identity"]["policy"] == "keep")
+        assert daemon.status()["problems"] == []
+
+
+def test_what_a_disk_does_not_show_at_the_start_is_read_as_soon_as_it_does(guest: FakeGuest) -> None:
+    need_ptrace()
+    path = place(guest, "vmfork.conf")
+    text("[React]\nIdentity=rotate\n")(path)
+    # One reading is five tries.
+    launcher = strace(injections=[Injection(call="openat", when="1..5", fault="error=EIO", path=str(path))])
+    with RunningDaemon(guest, launcher=launcher) as daemon:
+        eventually(lambda: daemon.status()["identity"]["policy"] == "rotate")
+        assert daemon.status()["problems"] == []

@@ -372,3 +372,19 @@ def test_killed_at_fifty_random_instants_every_hook_completes_and_never_two_at_o
     assert {f"{done.event.token.hex()} {name}" for done in daemon.done if done.event for name in names} <= ended
     assert len((tmp_path / "begun").read_text().splitlines()) > len(ended), "no kill ever hit a hook"
     assert not (tmp_path / "clashes").exists()
+
+
+def test_a_hook_that_is_disabled_where_the_disk_stumbles_is_not_run(guest: Guest, tmp_path: Path) -> None:
+    need_ptrace()
+    configuration = Path(guest.paths.config_etc, "vmfork.conf")
+    configuration.parent.mkdir(parents=True, exist_ok=True)
+    configuration.write_text("[Hook 10-never]\nEnable=no\n")
+    guest.hook("10-never", f"touch {tmp_path}/ran")
+    guest.hook("20-always", "true")
+    # One reading is five tries.
+    launcher = strace(injections=[Injection(call="openat", when="1..6", fault="error=EIO", path=str(configuration))])
+    with AdminDaemon(guest.paths, Work(token="t1")) as daemon:
+        code, said = end(reactor(guest, launcher=launcher))
+    assert code == 0, said
+    assert daemon.done[0].ok() == {"20-always"}
+    assert not (tmp_path / "ran").exists()

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -39,11 +39,15 @@ def eventually(condition: Callable[[], T], *, seconds: float = PATIENCE_SEC) -> 
 
 
 class RunningDaemon:
-    """vmforkd as a child; leaving the `with` stops it and puts its log into the test's output."""
+    """vmforkd as a child; leaving the `with` stops it and puts its log into the test's output.
 
-    def __init__(self, guest: FakeGuest, *, arguments: tuple[str, ...] = ()) -> None:
+    `launcher` are words before the command that leave it its PID and parent.
+    """
+
+    def __init__(self, guest: FakeGuest, *, arguments: tuple[str, ...] = (), launcher: Sequence[str] = ()) -> None:
         self.guest = guest
         self._arguments = arguments
+        self._launcher = launcher
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RunningDaemon:
@@ -64,7 +68,7 @@ class RunningDaemon:
     def start(self) -> None:
         """Start it and wait until it watches, as its service manager would."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vmfork.daemon", "--root", str(self.guest.root), *self._arguments],
+            [*self._launcher, sys.executable, "-m", "vmfork.daemon", "--root", str(self.guest.root), *self._arguments],
             env=environment(),
         )
         eventually(self._is_up)

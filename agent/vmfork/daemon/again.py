@@ -13,7 +13,7 @@ _PAUSES_SEC = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 class Again:
     """Calls `action` once for each `later`, the more seldom the more often it did not help."""
 
-    def __init__(self, loop: Loop, action: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, action: Callable[[], object]) -> None:
         self._loop = loop
         self._action = action
         self._deadline: Deadline | None = None

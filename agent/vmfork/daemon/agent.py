@@ -7,8 +7,10 @@ import gc
 import logging
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from vmfork import __version__, config, ids, settings, sysd
+from vmfork.daemon.again import Again
 from vmfork.daemon.catchup import CatchUp
 from vmfork.daemon.descriptors import raise_limit
 from vmfork.daemon.ledger import Ledger
@@ -45,6 +47,7 @@ class Vmforkd:
         # First: it takes back the directory that a part of the configuration may stand in.
         self.ledger = Ledger(paths)
         self.config = config.load(paths)
+        self._read_again = Again(self.loop, self.reload)
         CatchUp(self.loop, self.ledger)
         self.mark = TemplateMark(paths, self.ledger)
         self.reaction = Reaction(self.loop, self._reactor_process, early=early)
@@ -148,7 +151,9 @@ class Vmforkd:
 
     def reload(self) -> tuple[str, ...]:
         """Read the configuration again, look for all sources again; what is wrong with the configuration."""
-        self.config = config.load(self.paths)
+        now = config.load(self.paths)
+        # A part that the kernel does not show at the moment was not taken back.
+        self.config = now if now.is_whole else replace(self.config, problems=now.problems, is_whole=False)
         self._apply_config()
         self.watch.reload(self.config)
         self._show_side_pages()
@@ -158,6 +163,10 @@ class Vmforkd:
     def _apply_config(self) -> None:
         for problem in self.config.problems:
             log.warning("%s", problem, extra={"MESSAGE_ID": ids.CONFIGURATION_BROKEN})
+        if self.config.is_whole:
+            self._read_again.helped()
+        else:
+            self._read_again.later()
         self.settlement.config = self.config
         self.metrics.enabled = self.config.get(settings.METRICS)
 

@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 NOTHING_TO_DO = "io.vmfork.NothingToDo"
 _CONNECT_SEC = 5.0
 _CONNECT_PAUSE_SEC = 0.05
+# A hook that is disabled in a file that cannot be read now must not run: that is worth a wait. In the end the hooks
+# that make this clone differ from its siblings are worth more.
+_CONFIGURATION_SEC = 10.0
+_CONFIGURATION_PAUSE_SEC = 0.2
 _TARGET = "vmfork.target"
 
 
@@ -80,7 +84,9 @@ def configured(paths: Paths) -> Rules:
     """The rules of vmfork.conf; what is broken in there is logged and its default used."""
     from vmfork import config, settings
 
-    loaded = config.load(paths)
+    deadline = time.monotonic() + _CONFIGURATION_SEC
+    while not (loaded := config.load(paths)).is_whole and time.monotonic() < deadline:
+        time.sleep(_CONFIGURATION_PAUSE_SEC)
     for problem in loaded.problems:
         log.warning("%s", problem, extra={"MESSAGE_ID": ids.CONFIGURATION_BROKEN})
     return Rules(
