@@ -80,7 +80,6 @@ class Paths:
 
     # Edges.
     kmsg = _below("/dev/kmsg")
-    dmesg_restrict = _below("/proc/sys/kernel/dmesg_restrict")
     platform_driver = _below("/sys/bus/platform/drivers/vmgenid")
     acpi_driver = _below("/sys/bus/acpi/drivers/vmgenid")
     vmgenid_module = _below("/sys/module/vmgenid")

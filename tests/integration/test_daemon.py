@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support import asl
-from support.fakeguest import FakeGuest
+from support.fakeguest import RESUME_LINE, FakeGuest
 from support.runningdaemon import RunningDaemon, environment, eventually, vmforkctl, vmforkd, write_hook
 from vmfork.page import DETECTION_EVENT, DETECTION_NONE, DETECTION_TIMER, read_page
 
@@ -134,6 +134,30 @@ def test_without_a_bound_driver_the_timer_notices(guest: FakeGuest) -> None:
         guest.set_generation_id(fresh_id())
         event = daemon.settled(2)
         assert (event["edges"], event["detect_latency_us"]) == (["timer"], None)
+
+
+def test_after_a_suspension_that_left_acpi_dead_the_timer_notices(guest: FakeGuest) -> None:
+    poll_quickly(guest)
+    with RunningDaemon(guest) as daemon:
+        assert daemon.status()["detection"] == "event"
+        guest.resume_with_dead_acpi()
+        eventually(lambda: daemon.status()["detection"] == "timer")
+        # The kernel hears nothing of it.
+        guest.set_generation_id(fresh_id())
+        assert daemon.settled(2)["edges"] == ["timer"]
+        doctor = daemon.ctl("doctor")
+        assert doctor.returncode == 0
+        assert "rebooting the guest helps" in " ".join(doctor.stdout.split())
+
+
+def test_a_suspension_that_acpi_survives_changes_nothing(guest: FakeGuest) -> None:
+    with RunningDaemon(guest) as daemon:
+        guest.set_gpe("EN    ")
+        guest.kmsg_line(RESUME_LINE)
+        guest.fork(fresh_id())
+        event = daemon.settled(2)
+        assert (event["generation"], event["edges"]) == (2, ["kmsg"])
+        assert daemon.status()["detection"] == "event"
 
 
 def test_a_line_about_a_fork_that_the_timer_saw_already_is_not_another_one(guest: FakeGuest) -> None:

@@ -17,6 +17,7 @@ from types import TracebackType
 from vmfork.paths import Paths
 
 RESEED_LINE = "random: crng reseeded due to virtual machine fork"
+RESUME_LINE = "random: crng reseeded on system resumption"
 FIRST_BOOT_ID = "0d3f1b3c-9a52-4c0e-8f57-5d1f6a1e0b01"
 FIRST_GENERATION_ID = bytes.fromhex("443322116655887799aabbccddeeff00")
 
@@ -110,6 +111,15 @@ class FakeGuest:
     def reseed_line(self) -> int:
         """The kernel's own word that it noticed a fork; returns the record's sequence number."""
         return self.kmsg_line(RESEED_LINE)
+
+    def set_gpe(self, flags: str) -> None:
+        """QEMU's ACPI event, with the words of /sys/firmware/acpi/interrupts that say how it is."""
+        self.put(self.paths.gpe05, f"       1  {flags} enabled      unmasked\n".encode())
+
+    def resume_with_dead_acpi(self) -> None:
+        """Suspended to RAM and woken by firmware that left the ACPI registers where nobody finds them."""
+        self.set_gpe("EN STS")
+        self.kmsg_line(RESUME_LINE)
 
     def set_generation_id(self, value: bytes) -> None:
         """The hypervisor's 16 bytes, in memory order, in QEMU's fw_cfg blob."""

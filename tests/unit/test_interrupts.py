@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vmfork.edges.interrupts import moved, parse_gpe, parse_interrupts, read_counters
+from vmfork.edges.interrupts import is_undelivered, moved, parse_gpe, parse_interrupts, read_counters
 from vmfork.paths import Paths
 
 X86 = """\
@@ -122,3 +122,23 @@ def test_a_running_kernels_own_table_is_read() -> None:
 )
 def test_only_a_counter_seen_twice_can_move(before: dict[str, int], after: dict[str, int], expected: bool) -> None:
     assert moved(before, after) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "undelivered"),
+    [
+        (b"       1  EN STS enabled      unmasked\n", True),
+        (b"       1  EN     enabled      unmasked\n", False),
+        (b"       1     STS disabled     unmasked\n", False),
+        (b"       0         invalid      unmasked\n", False),
+        (b"", False),
+        (b"\xff\xffEN STS", False),
+    ],
+)
+def test_an_enabled_event_that_waits_is_undelivered(tmp_path: Path, text: bytes, undelivered: bool) -> None:
+    put(tmp_path, "sys/firmware/acpi/interrupts/gpe05", text)
+    assert is_undelivered(Paths(str(tmp_path))) is undelivered
+
+
+def test_without_such_an_event_nothing_is_undelivered(tmp_path: Path) -> None:
+    assert not is_undelivered(Paths(str(tmp_path)))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.fakeguest import RESEED_LINE, FakeGuest
+from support.fakeguest import RESEED_LINE, RESUME_LINE, FakeGuest
 from vmfork.edges.kmsg import FORK_LINE, Kmsg, bound_device, parse
 from vmfork.errors import InputError
 
@@ -82,7 +82,7 @@ def test_a_flood_in_few_reads_does_not_keep_the_detector_from_looking_at_the_tru
         guest.kmsg_bytes(b"6,1,1,-;\n" * 600)
     guest.kmsg_line(RESEED_LINE)
     first, second = edge.drain(), edge.drain()
-    assert [(heard.words, heard.more) for heard in (first, second)] == [(0, True), (1, False)]
+    assert (first.words, second.words) == (0, 1)
 
 
 def test_a_line_without_its_end_is_kept_until_the_rest_comes(guest: FakeGuest) -> None:
@@ -137,3 +137,22 @@ def test_the_driver_is_found_under_acpi_as_before_linux_6_10(tmp_path: Path) -> 
         device = Path(guest.paths.acpi_driver) / "QEMUVGID:00"
         device.mkdir(parents=True)
         assert bound_device(guest.paths) == "QEMUVGID:00"
+
+
+def test_after_a_suspension_the_sources_are_looked_at_again(guest: FakeGuest) -> None:
+    edge = Kmsg(guest.paths, after=None)
+    guest.kmsg_line(RESUME_LINE, facility=1)
+    assert not edge.drain().hotplug
+    guest.kmsg_line(RESUME_LINE)
+    heard = edge.drain()
+    assert (heard.hotplug, heard.words) == (True, 0)
+
+
+def test_it_is_not_live_where_acpi_events_do_not_arrive(guest: FakeGuest) -> None:
+    edge = Kmsg(guest.paths, after=None)
+    guest.set_gpe("EN    ")
+    assert edge.status().live
+    guest.set_gpe("EN STS")
+    assert not edge.status().live
+    assert "ACPI events do not reach the kernel" in edge.status().detail
+    assert edge.status().hint

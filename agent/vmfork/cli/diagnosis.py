@@ -34,7 +34,6 @@ class Guest:
     driver_is_loaded: bool
     module_is_installed: bool
     configured: str | None
-    log_is_restricted: bool
 
     @property
     def version(self) -> tuple[int, int]:
@@ -58,7 +57,6 @@ def look(paths: Paths) -> Guest:
         ),
         configured=_option(f"{paths.kernel_configs}/config-{release}", "CONFIG_VMGENID")
         or _built_in(f"{paths.kernel_modules}/{release}/modules.builtin"),
-        log_is_restricted=_line(paths.dmesg_restrict) == "1",
     )
 
 
@@ -106,8 +104,7 @@ def next_steps(guest: Guest, sources: Sequence[SourceStatus]) -> Iterator[str]:
         yield from _about_the_driver(guest)
     kmsg = next((one for one in sources if one.name == "kmsg"), None)
     if kmsg is not None and not kmsg.live and guest.bound is not None:
-        restricted = " (kernel.dmesg_restrict=1: CAP_SYSLOG is needed)" if guest.log_is_restricted else ""
-        yield f"let vmforkd read /dev/kmsg{restricted}: {kmsg.hint or kmsg.detail}"
+        yield f"kmsg: {kmsg.detail}; {kmsg.hint}" if kmsg.hint else f"kmsg: {kmsg.detail}"
     for one in sources:
         if not one.live and one.hint and one.name != "kmsg":
             yield f"{one.name}: {one.hint}"

@@ -18,15 +18,13 @@ class Heard:
 
     `words` counts the kernel's own statements that the generation ID changed; `lost` means that some may have been
     missed; `record_us` is the kernel's time stamp of the newest statement (microseconds of its log clock);
-    `hotplug` means that a device came or went and the sources should be probed again; `more` that the edge stopped
-    reading so as not to starve the others.
+    `hotplug` means that a device may have come or gone and the sources should be probed again.
     """
 
     words: int = 0
     lost: bool = False
     record_us: int | None = None
     hotplug: bool = False
-    more: bool = False
 
 
 NOTHING = Heard()
@@ -41,7 +39,7 @@ class Edge(Protocol):
         """The descriptor to wait on; -1 where there is nothing to wait on."""
 
     def drain(self) -> Heard:
-        """Read everything that is ready, without blocking."""
+        """Read what is ready, without blocking; of a flood a part, so as not to starve the others."""
 
     def status(self) -> SourceStatus:
         """Whether this edge is live, and if not, why, and what would make it live."""

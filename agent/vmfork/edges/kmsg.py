@@ -16,13 +16,15 @@ import select
 import stat
 from dataclasses import dataclass
 
-from vmfork.edges import NOTHING, Heard
+from vmfork.edges import NOTHING, Heard, interrupts
 from vmfork.errors import InputError
 from vmfork.model import Role, SourceStatus
 from vmfork.paths import Paths
 from vmfork.truths.sysfile import may_pass
 
 FORK_LINE = b"random: crng reseeded due to virtual machine fork"
+# drivers/char/random.c, since 5.18 too, after a suspension to RAM: what woke us before may be dead now.
+RESUME_LINE = b"random: crng reseeded on system resumption"
 
 # One read returns one record; the kernel refuses a buffer that is too small with EINVAL. Since Linux 6.6 an extended
 # record has at most 2048 bytes, before that 8192.
@@ -47,6 +49,10 @@ class Record:
     @property
     def announces_fork(self) -> bool:
         return self.facility == 0 and self.text == FORK_LINE
+
+    @property
+    def announces_resumption(self) -> bool:
+        return self.facility == 0 and self.text == RESUME_LINE
 
 
 def parse(raw: bytes) -> Record:
@@ -115,8 +121,8 @@ class Kmsg:
     def drain(self) -> Heard:
         if self._descriptor < 0:
             return NOTHING
-        words, lost, newest, left = 0, self._missed, None, _RECORDS_PER_WAKE_UP
-        self._missed = False
+        words, newest, left, look_again = 0, None, _RECORDS_PER_WAKE_UP, False
+        lost, self._missed = self._missed, False
         while left > 0:
             try:
                 chunk = os.read(self._descriptor, _RECORD_BYTES)
@@ -128,20 +134,22 @@ class Kmsg:
                     # Nothing more will come from here: somebody else has to watch from now on.
                     self._trouble = error
                     self.close()
-                    return Heard(words=words, lost=True, record_us=newest, hotplug=True)
-                return Heard(words=words, lost=lost, record_us=newest)
-            if not chunk:
-                return Heard(words=words, lost=lost, record_us=newest)
+                    lost = look_again = True
+                break
             records = self._records(chunk)
             left -= max(1, len(records))
             for record in records:
                 lost = lost or self._is_gap(record)
                 if record.announces_fork:
                     words, newest = words + 1, record.microseconds
+                elif record.announces_resumption:
+                    look_again = True
             # Asking first is cheaper than the exception that a read at the end raises.
-            if not self._more.poll(0):
-                return Heard(words=words, lost=lost, record_us=newest)
-        return Heard(words=words, lost=lost, record_us=newest, more=True)
+            if not chunk or not self._more.poll(0):
+                break
+        # The line of a resumption may be among what was lost.
+        look_again = look_again or (lost and interrupts.is_undelivered(self._paths))
+        return Heard(words=words, lost=lost, record_us=newest, hotplug=look_again)
 
     def _records(self, chunk: bytes) -> list[Record]:
         if self._is_stream:
@@ -182,7 +190,12 @@ class Kmsg:
             return f"{self._paths.kmsg}: {self._trouble.strerror}", _hint_for(self._trouble.errno)
         if bound_device(self._paths) is None:
             return "no device is bound to the kernel's vmgenid driver, so the kernel will not log a fork", None
+        if interrupts.is_undelivered(self._paths):
+            return "ACPI events do not reach the kernel, so it will not log a fork", _UNDELIVERED_HINT
         return None, None
+
+
+_UNDELIVERED_HINT = "after a suspension the firmware did not set ACPI up again; rebooting the guest helps"
 
 
 def _hint_for(number: int | None) -> str:

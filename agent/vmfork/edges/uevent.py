@@ -94,7 +94,7 @@ class Uevent:
             except OSError:
                 self._clear_overflow()
                 lost = hotplug = True
-        return Heard(words=words, hotplug=hotplug, lost=lost, more=True)
+        return Heard(words=words, hotplug=hotplug, lost=lost)
 
     def _clear_overflow(self) -> None:
         """After an overflow libudev's poll fails forever (pyudev#194) until somebody reads the socket's error."""
