@@ -11,8 +11,8 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
+from vmfork.annotations import TypeVar
 from vmfork.errors import InputError, UnreadableError
 
 T = TypeVar("T")

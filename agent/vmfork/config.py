@@ -13,9 +13,9 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from vmfork import settings
+from vmfork.annotations import TypeVar
 from vmfork.atomicfile import may_pass, patiently, read_up_to
 from vmfork.errors import ConfigError, UnreadableError
 from vmfork.paths import Paths

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import TypeVar
 
+from vmfork.annotations import TypeVar
 from vmfork.errors import InputError
 
 E = TypeVar("E", bound=StrEnum)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
+from vmfork.annotations import Any, Generic, TypeVar
 from vmfork.values import boolean, choice, command, integer, networks, ports, seconds_or_zero, text, units, words
 from vmfork.values import seconds as seconds
 

@@ -13,9 +13,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from vmfork import atomicfile
+from vmfork.annotations import Any
 from vmfork.errors import InputError, UnreadableError
 from vmfork.jsonfields import Fields, JsonObject, parse_object
 from vmfork.model import LAST_GENERATION, EventState, ForkEvent, HookResult

@@ -14,8 +14,8 @@ import os
 import stat
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
 
+from vmfork.annotations import Self
 from vmfork.errors import VmforkError
 
 _MAX_LINKS = 16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make fuzz FUZZ_SECONDS=N` or `python -m torture.fuzz --seconds N`: all targets, or those named, for so long together.
+"""`make fuzz FUZZ_SECONDS=N` or `python -m torture.fuzz --seconds N`: all targets or those named, for so long together.
 
 With atheris (pip install atheris; wheels exist for Python 3.11 and later) the search is guided by coverage, else by
 hypothesis. An input that breaks a target is kept in the corpus, and from then on every test run tries it again; with

@@ -126,6 +126,8 @@ class UsageError(ActionError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
+    """What the command line asks an action for."""
+
     paths: Paths
     phase: Phase
     dry_run: bool

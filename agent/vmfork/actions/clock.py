@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
 from vmfork import settings
 from vmfork.actions import ptp
 from vmfork.actions.contract import Action, ActionContext
+from vmfork.annotations import Protocol
 from vmfork.errors import AbsentError, ActionError, ActionSkipped
 from vmfork.paths import Paths
 

@@ -12,9 +12,9 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar
 
 from vmfork.actions.commands import Commands
+from vmfork.annotations import Any, TypeVar
 from vmfork.errors import ActionError, ActionSkipped
 from vmfork.model import ForkEvent, IdentityPolicy
 from vmfork.paths import Paths

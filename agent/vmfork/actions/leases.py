@@ -7,12 +7,11 @@ runs yet, only the files that carry an identity are renewed. Clones of one snaps
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from vmfork import settings
 from vmfork.actions import dhcp_dhclient, dhcp_dhcpcd, dhcp_network_manager, dhcp_networkd, duid, spread
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.dhcp import Plan
+from vmfork.annotations import Protocol
 from vmfork.errors import ActionError, ActionSkipped
 from vmfork.model import IdentityPolicy
 

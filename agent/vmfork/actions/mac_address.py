@@ -14,13 +14,13 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from vmfork import settings
 from vmfork.actions import dhcp_networkd, ipv6_eui64, netlink, spread
 from vmfork.actions.commands import operand
 from vmfork.actions.contract import Action, ActionContext
 from vmfork.actions.netlink import Link
+from vmfork.annotations import Any
 from vmfork.errors import ActionError, ActionSkipped
 
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")

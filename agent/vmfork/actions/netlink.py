@@ -12,8 +12,8 @@ import socket as sockets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
+from vmfork.annotations import Any
 from vmfork.errors import ActionError
 
 _ARPHRD_ETHER = 1

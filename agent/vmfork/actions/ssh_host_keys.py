@@ -30,6 +30,8 @@ _KEYGEN_SEC = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Certificate:
+    """A host certificate, and the fingerprint of the key that it is for."""
+
     path: str
     fingerprint: str
 

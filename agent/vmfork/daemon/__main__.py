@@ -6,9 +6,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from vmfork import __version__, sysd
+from vmfork.annotations import TYPE_CHECKING
 from vmfork.errors import InputError, Unavailable, VmforkError
 from vmfork.page import DETECTION_NONE, PageWriter, read_page
 from vmfork.paths import Paths

@@ -12,9 +12,9 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from vmfork import directories, ids, intent, page, state
+from vmfork.annotations import Any
 from vmfork.blake2 import blake2b
 from vmfork.daemon.recall import recall
 from vmfork.daemon.refusals import Refusals

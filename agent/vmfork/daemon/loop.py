@@ -17,7 +17,8 @@ import signal
 import time
 from collections.abc import Callable
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import Any
+
+from vmfork.annotations import Any
 
 _FEW = 64  # deadlines that are not worth a sweep
 # So much more between two looks at the clock than was waited for: the guest was paused, and its clock ran on. The

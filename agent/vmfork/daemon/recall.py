@@ -12,9 +12,9 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
 
 from vmfork import history, intent, state
+from vmfork.annotations import Any, TypeVar
 from vmfork.errors import InputError, UnreadableError
 from vmfork.model import EventState, ForkEvent
 from vmfork.paths import Paths

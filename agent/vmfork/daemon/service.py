@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Protocol
 
 from vmfork import __version__
+from vmfork.annotations import Protocol
 from vmfork.daemon.forklist import ForkList
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Loop

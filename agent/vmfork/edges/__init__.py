@@ -7,8 +7,8 @@ An edge never decides that the guest was forked. It says what it heard, and the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
+from vmfork.annotations import Protocol
 from vmfork.model import SourceStatus
 
 

@@ -14,8 +14,8 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from typing import Any
 
+from vmfork.annotations import Any
 from vmfork.edges import NOTHING, Heard
 from vmfork.model import Role, SourceStatus
 

@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
+from vmfork.annotations import ParamSpec, TypeVar
 from vmfork.errors import VmforkError
 from vmfork.library.root import paths
 from vmfork.library.subscription import Notice, Subscription

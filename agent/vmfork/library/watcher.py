@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from vmfork.annotations import TYPE_CHECKING
 from vmfork.library.root import paths
 from vmfork.library.subscription import Notice, Subscription
 

@@ -14,8 +14,8 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
 
+from vmfork.annotations import Protocol
 from vmfork.errors import InputError
 from vmfork.jsonfields import JsonObject
 from vmfork.model import HookOutcome

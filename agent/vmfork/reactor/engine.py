@@ -16,9 +16,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
 
 from vmfork import ids
+from vmfork.annotations import Protocol, Self
 from vmfork.model import EventState, HookOutcome, HookResult
 from vmfork.reactor import descendants
 from vmfork.reactor.descendants import Mark, Process

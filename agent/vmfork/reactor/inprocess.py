@@ -15,8 +15,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, Protocol
 
+from vmfork.annotations import NoReturn, Protocol
 from vmfork.reactor import descendants
 from vmfork.reactor.discovery import Hook, Origin
 from vmfork.reactor.spawn import CATCHABLE, Launch

@@ -14,8 +14,8 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
 
+from vmfork.annotations import Self
 from vmfork.errors import InputError
 from vmfork.jsonfields import JsonObject, parse_object
 from vmfork.paths import Paths
@@ -30,6 +30,8 @@ _KILL_SEC = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
+    """A hook that was begun, and its process once there is one."""
+
     hook: str
     token: str | None = None
     pid: int = 0

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from typing import Protocol, TextIO
 
+from vmfork.annotations import Protocol, TextIO
 from vmfork.errors import VmforkError
 from vmfork.jsonfields import JsonObject, JsonValue
 from vmfork.model import EventState, HookOutcome, HookResult

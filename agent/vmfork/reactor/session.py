@@ -16,9 +16,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from vmfork import ids
+from vmfork.annotations import Protocol
 from vmfork.errors import DaemonUnreachable, VmforkError
 from vmfork.jsonfields import Fields
 from vmfork.model import EventState, ForkEvent, HookResult

@@ -13,8 +13,8 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from vmfork.annotations import Protocol
 from vmfork.paths import Paths
 from vmfork.reactor.discovery import Hook
 

@@ -7,7 +7,7 @@ nothing here interprets a generation ID, orders counters or remembers what was s
 
 from __future__ import annotations
 
-from typing import Protocol
+from vmfork.annotations import Protocol
 
 
 class Truth(Protocol):

@@ -12,8 +12,8 @@ import logging
 import os
 import re
 from dataclasses import dataclass
-from typing import Protocol
 
+from vmfork.annotations import Protocol
 from vmfork.errors import AbsentError, InputError
 from vmfork.paths import Paths
 from vmfork.truths.aml import generation_id_address

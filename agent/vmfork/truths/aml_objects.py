@@ -52,6 +52,8 @@ class Field:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
+    """Another name for what `name` means in `scope`."""
+
     name: Name
     scope: Path
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Protocol
 
+from vmfork.annotations import Protocol
 from vmfork.errors import AbsentError, InputError
 from vmfork.paths import Paths
 from vmfork.truths.dtnode import Node, walk

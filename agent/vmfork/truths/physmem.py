@@ -13,11 +13,14 @@ import mmap
 import os
 import stat
 import sys
-from typing import Literal
 
+from vmfork.annotations import TYPE_CHECKING
 from vmfork.errors import AbsentError, InputError
 from vmfork.paths import Paths
 from vmfork.truths.sysfile import read_start, shown
+
+if TYPE_CHECKING:
+    from typing import Literal
 
 _MAXIMUM_SIZE = 4096
 _MAXIMUM_MAPS = 8

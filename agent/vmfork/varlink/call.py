@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
+from vmfork.annotations import Protocol
 from vmfork.errors import InputError, ProtocolError
 from vmfork.jsonfields import Fields, JsonObject, JsonValue
 from vmfork.varlink import framing

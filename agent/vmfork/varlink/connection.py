@@ -12,8 +12,8 @@ import selectors
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
 
+from vmfork.annotations import Any, Protocol
 from vmfork.errors import ProtocolError
 from vmfork.varlink.call import Call, Peer
 from vmfork.varlink.framing import Decoder

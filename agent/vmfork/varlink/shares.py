@@ -10,8 +10,8 @@ than that. A user is a uid as the kernel shows it: one with a range of subordina
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
+from vmfork.annotations import Generic, Protocol, TypeVar
 from vmfork.varlink.call import Peer
 from vmfork.varlink.framing import CALL_LIMIT
 
