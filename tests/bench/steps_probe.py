@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vmfork.daemon import freshness, ledger, sources, watch
+from vmfork.daemon import announcer, freshness, ledger, sources, watch
 from vmfork.daemon.agent import Vmforkd
 from vmfork.daemon.reactorprocess import ReactorProcess
 from vmfork.edges import kmsg
@@ -88,7 +88,7 @@ def finish(owner: Any, name: str) -> None:
 
 def main() -> None:
     begin(watch.Watch, "_on_readable")
-    finish(watch, "record_age_us")
+    finish(announcer, "record_age_us")
     between(kmsg.Kmsg, "drain", "asking who is ready", "reading the log")
     between(sources.Sources, "read_truths", None, "reading the truths, twice")
     between(watch, "decide", None, "deciding")

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an edge to a fork: drain what is ready, read every truth, decide once, make this clone differ, publish.
+"""From an edge to a decision: drain what is ready, read every truth, decide once; what is a fork is announced.
 
-The order of a fork is fixed: random numbers first, then a note in /run, then the page, then who this guest is to be,
-then everybody who listens, then the reaction, then the whole memory in /run, and the disk last. Nothing before the page
-waits for a disk or for another process, or looks for a file that the decision does not need.
+Nothing here waits, or looks for a file that the decision does not need, while a fork is on its way to the page.
 """
 
 from __future__ import annotations
@@ -12,20 +10,19 @@ import logging
 import select
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
-from vmfork import ids, settings
+from vmfork import settings
 from vmfork.config import Config
-from vmfork.daemon import freshness, identity
-from vmfork.daemon.clocks import Moment
+from vmfork.daemon import identity
+from vmfork.daemon.announcer import Announcer, Found
 from vmfork.daemon.ledger import Ledger
 from vmfork.daemon.loop import Loop
+from vmfork.daemon.seen import Seen
 from vmfork.daemon.sources import VMCLOCK, Sources
 from vmfork.daemon.timer import Timer
-from vmfork.detector import GENERATION_ID, Decision, Memory, WakeUp, decide
+from vmfork.detector import GENERATION_ID, Decision, WakeUp, decide
 from vmfork.edges import NOTHING, Heard, interrupts
-from vmfork.edges.logclock import record_age_us
-from vmfork.model import UNDECIDED, Detection, ForkEvent, HookResult, Identity, IdentityPolicy, Kind, SourceStatus
+from vmfork.model import Detection, ForkEvent, HookResult, Identity, IdentityPolicy, Kind, SourceStatus
 from vmfork.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -54,28 +51,23 @@ class Watch:
         self._paths = paths
         self._config = config
         self._ledger = ledger
-        self._on_fork = on_fork
-        self._interrupted = interrupted
         self._poll = select.poll()
         self._watched: dict[int, str] = {}
         self._timer = Timer(loop, probe=self._probe)
         self.detection = Detection.NONE
-        remembered, saved = ledger.remembered, ledger.saved
-        truths = dict(remembered.truths)
-        # Until the ID is seen in this boot, the one on disk stands in for it: a difference is a cold fork.
-        self._id_is_from_disk = GENERATION_ID not in truths and saved.generation_id is not None
-        if saved.generation_id is not None:
-            truths.setdefault(GENERATION_ID, saved.generation_id)
-        self._memory = Memory(truths=truths, credits=remembered.credits)
-        self._interrupts = interrupts.Counters(paths, remembered.interrupts)
-        self.sources = Sources(paths, config, kmsg_after=remembered.kmsg_sequence if ledger.same_boot else None)
+        self._seen = Seen(ledger)
+        after = ledger.remembered.kmsg_sequence if ledger.same_boot else None
+        self.sources = Sources(paths, config, kmsg_after=after)
+        self._announcer = Announcer(
+            paths, ledger, self.sources, self._seen, identify=self.identity, on_fork=on_fork, interrupted=interrupted
+        )
 
     # Waiting.
 
     def start(self) -> None:
         """Take the first decision, then watch; who watches is on the page when this returns."""
         self._wake(frozenset())
-        self._note()
+        self._announcer.note()
         self._listen()
 
     def reload(self, config: Config) -> None:
@@ -85,7 +77,7 @@ class Watch:
 
     def stop(self) -> None:
         """Remember how far the kernel's log was read; nobody watches from now on."""
-        self._note()
+        self._announcer.note()
         self.sources.close()
 
     def _probe(self) -> None:
@@ -138,33 +130,33 @@ class Watch:
         }
         truths = self.sources.read_truths()
         words = self._words(heard, truths)
+        was = self._seen.memory
         decision = decide(
-            self._memory,
-            WakeUp(now_ns=time.monotonic_ns(), words=words, truths=truths, listening=self.sources.listening),
+            was, WakeUp(now_ns=time.monotonic_ns(), words=words, truths=truths, listening=self.sources.listening)
         )
-        first_sight = GENERATION_ID in truths and (self._id_is_from_disk or GENERATION_ID not in self._memory.truths)
-        is_cold = self._id_is_from_disk and self._ledger.saved.boot_id != self._ledger.remembered.boot_id
-        was, self._memory = self._memory, decision.memory
-        self._id_is_from_disk = self._id_is_from_disk and not first_sight
-        if self._id_is_from_disk:
-            # Whether this is a clone of a disk is still to be seen, also after a fork without a readable ID.
-            truths_seen = {GENERATION_ID: was.truths[GENERATION_ID], **self._memory.truths}
-            self._memory = replace(self._memory, truths=truths_seen)
+        sight = self._seen.learn(decision, truths)
         if decision.fork:
-            kind = Kind.COLD if first_sight and is_cold and GENERATION_ID in decision.changed else Kind.LIVE
             # The counters speak for the line of the log that was lost.
             spoke = {"kmsg" if name == interrupts.NAME else name for name in words} | (ready & {VMCLOCK, "timer"})
-            previous = was.truths.get(GENERATION_ID)
-            self._announce(kind, tuple(sorted(spoke)), truths, previous, heard=heard)
+            self._announcer.announce(
+                Found(
+                    kind=sight.kind,
+                    edges=tuple(sorted(spoke)),
+                    truths=truths,
+                    previous_id=sight.previous_id,
+                    kernel=heard["kmsg"],
+                    counters_are_old=not _asks_counters(heard, truths),
+                )
+            )
         elif decision.memory != was or any(words.values()):
-            self._note()
-        self._follow_up(decision, heard, first_sight=first_sight)
+            self._announcer.note()
+        self._follow_up(decision, heard, first_sight=sight.first)
 
     def _words(self, heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> dict[str, int]:
         words = {name: said.words for name, said in heard.items() if said.words}
         # They cannot be lost. In no other case before the page: they are a column for each processor, and take longer
         # to read than everything else that a fork waits for.
-        if _asks_counters(heard, truths) and self._interrupts.have_moved():
+        if _asks_counters(heard, truths) and self._announcer.counters.have_moved():
             words[interrupts.NAME] = 1
         return words
 
@@ -181,81 +173,21 @@ class Watch:
             self._loop.after(0, self._probe)
         self._timer.note_failed(failed=self.sources.has_failed())
 
-    # Announcing.
+    # What others ask.
 
     def trigger(self, reason: str, asked: IdentityPolicy | None) -> ForkEvent:
         """Act as if the guest was forked, because root said so."""
         log.info("triggered by hand: %s", reason)
         truths = self._look()
-        previous = self._memory.truths.get(GENERATION_ID)
-        return self._announce(Kind.MANUAL, ("manual",), truths, previous, identity=self.identity(Kind.MANUAL, asked))
-
-    def _announce(
-        self,
-        kind: Kind,
-        edges: tuple[str, ...],
-        truths: Mapping[str, bytes],
-        previous: bytes | None,
-        *,
-        heard: Mapping[str, Heard] | None = None,
-        identity: Identity = UNDECIDED,
-    ) -> ForkEvent:
-        moment = Moment.now()
-        kernel = (heard or {}).get("kmsg", NOTHING)
-        # The kernel's own line says that it has reseeded; without it nobody may have.
-        problem = None if kernel.words else freshness.reseed_kernel(self._paths, truths, moment)
-        event = ForkEvent(
-            generation=max(self._ledger.generation, self._ledger.remembered.generation) + 1,
-            token=freshness.new_token(self._paths, truths, moment),
-            kind=kind,
-            edges=edges,
-            generation_id=truths.get(GENERATION_ID),
-            previous_generation_id=previous,
-            detected_at_ns=moment.realtime,
-            boottime_ns=moment.boottime,
-            identity=identity,
+        return self._announcer.announce(
+            Found(
+                kind=Kind.MANUAL,
+                edges=("manual",),
+                truths=truths,
+                previous_id=self._seen.memory.truths.get(GENERATION_ID),
+                identity=self.identity(Kind.MANUAL, asked),
+            )
         )
-        self._ledger.publish(event, self._memory_of_this_boot(), kmsg_sequence=self.sources.kmsg.last_sequence)
-        published = time.monotonic_ns()
-        if identity is UNDECIDED:
-            event = replace(event, identity=self.identity(kind))
-        self._note(event)
-        self._on_fork(event)
-        notice = f"vmforkd: fork noticed, generation {event.generation}"
-        latency = record_age_us(self._paths, kernel.record_us, at_ns=published, message=notice)
-        if heard is not None and not _asks_counters(heard, truths):
-            # They tell of this fork, too: a killed detector's successor must not take that for another one.
-            self._interrupts.have_moved()
-        self._ledger.complete(latency, interrupts=self._interrupts.seen)
-        self._ledger.save_progress()
-        log.info(
-            "fork noticed: generation %d, %s, by %s, identity: %s",
-            event.generation,
-            kind.value,
-            ", ".join(edges) or "comparing what is remembered",
-            event.identity.policy.value,
-            extra={"MESSAGE_ID": ids.FORK_NOTICED, "VMFORK_GENERATION": event.generation},
-        )
-        if problem is not None:
-            log.error("the kernel's random numbers may be those of this guest's siblings: %s", problem)
-        return replace(event, detect_latency_us=latency)
-
-    def _note(self, event: ForkEvent | None = None) -> None:
-        self._ledger.remember(
-            self._memory_of_this_boot(),
-            kmsg_sequence=self.sources.kmsg.last_sequence,
-            interrupts=self._interrupts.seen,
-            event=event,
-            interrupted=() if event is None else self._interrupted(),
-        )
-
-    def _memory_of_this_boot(self) -> Memory:
-        if not self._id_is_from_disk:
-            return self._memory
-        seen = {name: value for name, value in self._memory.truths.items() if name != GENERATION_ID}
-        return replace(self._memory, truths=seen)
-
-    # What others ask.
 
     def identity(self, kind: Kind, asked: IdentityPolicy | None = None) -> Identity:
         """The identity policy that a fork of this kind would get now."""
@@ -281,7 +213,7 @@ class Watch:
         A read of vmclock takes its notification away, so that nothing else would wake us for what is seen here.
         """
         truths = self.sources.read_truths()
-        seen = self._memory.truths
+        seen = self._seen.memory.truths
         changed = {name for name, value in truths.items() if seen.get(name, value) != value}
         if changed:
             heard_by_reading = {VMCLOCK} & changed & set(self._watched.values())
