@@ -259,5 +259,6 @@ def test_nobody_is_left_without_an_answer_when_the_daemon_dies(guest: FakeGuest,
     waiting = subprocess.Popen(command(guest, "wait", "--timeout", "3"), env=environment(), stderr=subprocess.PIPE)
     eventually(lambda: descriptors_of(daemon) > before)
     daemon.kill()
-    assert waiting.wait(PATIENCE_SEC) == 124
+    # Not running, to who had not yet heard from it; otherwise it might come back in time.
+    assert waiting.wait(PATIENCE_SEC) in (3, 124)
     waiting.communicate()
