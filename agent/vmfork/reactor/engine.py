@@ -24,6 +24,7 @@ from vmfork.reactor import descendants
 from vmfork.reactor.descendants import Mark, Process
 from vmfork.reactor.discovery import Hook
 from vmfork.reactor.environment import environment_of
+from vmfork.reactor.orphans import Orphans
 from vmfork.reactor.phases import Occasion, in_order
 from vmfork.reactor.process import HookRun, Limits, Stage
 from vmfork.reactor.spawn import Launch, Payload, Spawn, Starter, start_with, surroundings
@@ -79,6 +80,7 @@ class Engine:
     ) -> None:
         self.interrupted = False
         self._occasion = occasion
+        self._generation = occasion.generation
         self._limits_of = limits_of
         self._reporter = reporter
         self._records = records
@@ -89,8 +91,7 @@ class Engine:
         self._woken, self.wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._runs: list[HookRun] = []
-        self._strangers: set[tuple[int, int]] = set()
-        self._alone = False
+        self._orphans = Orphans(lambda: {run.mark.pid for run in self._runs if run.mark is not None})
         self._failed = False
         self._looked = time.monotonic()
 
@@ -133,8 +134,7 @@ class Engine:
 
     def _run_group(self, group: Sequence[Hook]) -> None:
         waiting = deque(group)
-        self._alone = len(group) == 1
-        self._strangers |= {(one.pid, one.start) for one in self._orphans()}
+        self._orphans.begin(alone=len(group) == 1)
         try:
             while waiting or self._runs:
                 if self.interrupted:
@@ -149,11 +149,11 @@ class Engine:
                 self._turn(0.0)
         finally:
             self._abandon()
-        self._note_strays(group)
+        self._orphans.report({hook.name: self._mark(hook.name, -1) for hook in group}, generation=self._generation)
 
     def _begin(self, hook: Hook) -> None:
         self._reporter.started(hook)
-        run = HookRun(hook, self._limits_of(hook.name), self._occasion.generation, self._selector)
+        run = HookRun(hook, self._limits_of(hook.name), self._generation, self._selector)
         self._runs.append(run)
         # The report may have brought the news of a newer fork: this hook is its first victim then.
         if not self.interrupted:
@@ -180,11 +180,11 @@ class Engine:
                 act(now)
         for run in [run for run in self._runs if run.stage is not Stage.DONE and run.wake <= now]:
             if run.stage is Stage.PAUSED and self.interrupted:
-                run.stop(HookOutcome.INTERRUPTED, 0.0, now, self._find)
+                run.stop(HookOutcome.INTERRUPTED, 0.0, now, self._orphans.family)
             elif run.stage is Stage.PAUSED:
                 self._start(run)
             else:
-                run.on_time(now, self._find)
+                run.on_time(now, self._orphans.family)
         self._collect()
 
     def _look(self, waited: float = 0.0) -> float:
@@ -226,7 +226,7 @@ class Engine:
 
     def _report(self, result: HookResult, reason: str | None) -> None:
         self._failed = self._failed or result.result in _BAD
-        fields: dict[str, object] = {"VMFORK_HOOK": result.name, "VMFORK_GENERATION": self._occasion.generation}
+        fields: dict[str, object] = {"VMFORK_HOOK": result.name, "VMFORK_GENERATION": self._generation}
         message = _MESSAGES.get(result.result)
         if message is None:
             log.debug("%s: %s", result.name, result.result, extra=fields)
@@ -241,7 +241,7 @@ class Engine:
             if run.stage in (Stage.RUNNING, Stage.PAUSED) or (
                 run.stage is Stage.ENDING and run.deadline > now + _INTERRUPT_GRACE_SEC
             ):
-                run.stop(HookOutcome.INTERRUPTED, _INTERRUPT_GRACE_SEC, now, self._find)
+                run.stop(HookOutcome.INTERRUPTED, _INTERRUPT_GRACE_SEC, now, self._orphans.family)
         self._collect()
 
     def _abandon(self) -> None:
@@ -249,36 +249,8 @@ class Engine:
         for run in self._runs:
             if run.mark is not None:
                 mark = run.mark
-                descendants.kill_until_gone(lambda mark=mark: self._find(mark), seconds=1.0)  # type: ignore[misc]
+                descendants.kill_until_gone(lambda mark=mark: self._orphans.family(mark), seconds=1.0)  # type: ignore[misc]
         self._runs.clear()
-
-    def _find(self, mark: Mark) -> list[Process]:
-        table = descendants.processes()
-        return descendants.members(mark, table, self._orphans(table), alone=self._alone)
-
-    def _orphans(self, table: dict[int, Process] | None = None) -> list[Process]:
-        """Our children that are no hooks: what hooks left, without what was there before this group."""
-        if not descendants.has_children():
-            return []
-        hooks = {run.mark.pid for run in self._runs if run.mark is not None}
-        return [
-            process
-            for process in (table if table is not None else descendants.processes()).values()
-            if process.parent == os.getpid()
-            and process.pid not in hooks
-            and (process.pid, process.start) not in self._strangers
-        ]
-
-    def _note_strays(self, group: Sequence[Hook]) -> None:
-        descendants.reap({pid for pid, _ in self._strangers})
-        for process in self._orphans():
-            owner = next((hook for hook in group if self._is_of(process, hook)), None)
-            name = owner.name if owner is not None else " or ".join(hook.name for hook in group[:8])
-            fields = {"MESSAGE_ID": ids.HOOK_LEFT_PROCESSES, "VMFORK_GENERATION": self._occasion.generation}
-            log.info("%s: left process %d running", name, process.pid, extra={**fields, "VMFORK_HOOK": name})
-
-    def _is_of(self, process: Process, hook: Hook) -> bool:
-        return descendants.carries(process.pid, self._mark(hook.name, -1))
 
     def _mark(self, name: str, pid: int, pipe: int | None = None) -> Mark:
         return Mark(pid=pid, name=name, token=self._token, root=self._occasion.root, pipe=pipe)
