@@ -9,11 +9,6 @@ import sys
 # Before the other imports, which take most of the time of a short run: ^C ends it by the signal, without a traceback.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from vmfork.deferred import defer  # noqa: E402
-
-# dataclasses imports it for classes without a docstring: a tenth of what a short run takes.
-defer("inspect")
-
 from vmfork.cli import main  # noqa: E402
 
 sys.exit(main())
