@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.fakeguest import FIRST_GENERATION_ID, RESEED_LINE
+from support.fakeguest import FIRST_GENERATION_ID, RESEED_LINE, RESUME_LINE
 from torture.crash import WORKERS
 from torture.liveguest import LiveGuest
 from torture.scenario import Broken
@@ -151,6 +151,14 @@ def _upgrade(live: LiveGuest) -> None:
     live.start()
 
 
+def _suspend(live: LiveGuest) -> None:
+    live.guest.set_gpe("EN    ")
+    live.guest.kmsg_line(RESUME_LINE)
+    _look(live)
+    live.guest.resume_with_dead_acpi()
+    _look(live)
+
+
 def _smbios(live: LiveGuest) -> None:
     live.guest.set_smbios_uuid("11111111-1111-1111-1111-111111111111")
     live.reload()
@@ -173,12 +181,13 @@ ALARMS = (
     Alarm(name="lines forged by processes", happens=_forged_lines),
     Alarm(name="state of a newer version", happens=_upgrade),
     Alarm(name="another SMBIOS UUID", happens=_smbios),
+    Alarm(name="suspended to RAM twice", happens=_suspend),
     Alarm(name="reboot, the log read again", happens=_reboot_replaying_the_log),
 )
 
 
 # The same where the kernel's line alone tells: all that does not happen to an ID or a vmclock.
-_WITHOUT_AN_ID = (_restart, _kill, _reload, _reboot, _module, _forged_lines, _upgrade, _smbios)
+_WITHOUT_AN_ID = (_restart, _kill, _reload, _reboot, _module, _forged_lines, _upgrade, _smbios, _suspend)
 HIDDEN = tuple(
     Alarm(name=f"{alarm.name}, no ID", happens=alarm.happens, hidden=True)
     for alarm in ALARMS
