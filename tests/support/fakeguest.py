@@ -17,7 +17,7 @@ from types import TracebackType
 from vmfork.paths import Paths
 
 RESEED_LINE = "random: crng reseeded due to virtual machine fork"
-RESUME_LINE = "random: crng reseeded on system resumption"
+RESUME_LINE = "PM: suspend exit"
 FIRST_BOOT_ID = "0d3f1b3c-9a52-4c0e-8f57-5d1f6a1e0b01"
 FIRST_GENERATION_ID = bytes.fromhex("443322116655887799aabbccddeeff00")
 

@@ -23,8 +23,9 @@ from vmfork.paths import Paths
 from vmfork.truths.sysfile import may_pass
 
 FORK_LINE = b"random: crng reseeded due to virtual machine fork"
-# drivers/char/random.c, since 5.18 too, after a suspension to RAM: what woke us before may be dead now.
-RESUME_LINE = b"random: crng reseeded on system resumption"
+# kernel/power/suspend.c, at the end of every suspension: what woke us before may be dead now. (The generator's own line
+# about it is not there in every configuration.)
+RESUME_LINE = b"PM: suspend exit"
 
 # One read returns one record; the kernel refuses a buffer that is too small with EINVAL. Since Linux 6.6 an extended
 # record has at most 2048 bytes, before that 8192.
