@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -178,3 +180,41 @@ def test_only_devices_that_could_be_sources_are_probed_again(properties: dict[st
 )
 def test_only_mainline_6_8_0_to_6_8_7_is_known_to_send_it(release: str, *, sends: bool) -> None:
     assert kernel_sends_it(release) == sends
+
+
+def test_libudev_is_not_searched_for_and_ctypes_stays_whole() -> None:
+    results = in_namespace(
+        """
+loaded = sorted({"ctypes.util", "shutil", "tempfile"} & set(sys.modules))
+import ctypes.util
+results["modules"] = {"loaded": loaded, "found": ctypes.util.find_library("c")}
+"""
+    )
+    assert results["modules"] == {"loaded": [], "found": "libc.so.6"}
+
+
+def test_without_libudev_there_is_no_reason_to_try_again() -> None:
+    need_root()
+    library = Path(ctypes.util.find_library("udev") or "libudev.so.1")
+    found = next(path for folder in ("/usr/lib", "/lib") for path in Path(folder).rglob(library.name))
+    script = 'mount --bind /dev/null "$0" && exec "$@"'
+    code = "from vmfork.edges.uevent import Uevent; edge = Uevent(); print(edge.fileno(), edge.has_failed)"
+    run = subprocess.run(
+        [
+            need("unshare", package="util-linux"),
+            "--mount",
+            "sh",
+            "-ec",
+            script,
+            found.resolve(),
+            sys.executable,
+            "-c",
+            code,
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.stdout, run.stderr) == ("-1 False\n", "")

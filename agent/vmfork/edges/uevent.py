@@ -13,7 +13,9 @@ import errno
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
+from types import ModuleType
 
 from vmfork.annotations import Any
 from vmfork.edges import NOTHING, Heard
@@ -22,6 +24,8 @@ from vmfork.model import Role, SourceStatus
 # The kernel's default of 208 KiB overflows when thousands of devices appear at once.
 _RECEIVE_BYTES = 1 << 20
 _EVENTS_PER_WAKE_UP = 1024
+# Its name is its ABI, everywhere.
+_LIBRARIES = {"udev": "libudev.so.1"}
 _SOURCES = re.compile(r"vmgenid|vmclock|vmgenctr|vm_gen_counter|qemu_fw_cfg|qemuvgid|amznc10c", re.IGNORECASE)
 
 
@@ -55,7 +59,7 @@ class Uevent:
         self._monitor: Any = None
         self._trouble = ""
         try:
-            import pyudev
+            pyudev = _import_pyudev()
         except ImportError as error:
             self._trouble = f"pyudev cannot be imported: {error}"
             return
@@ -66,8 +70,9 @@ class Uevent:
             self._monitor.start()
             self._enlarge()
         except (OSError, ImportError) as error:
-            self._monitor, self._trouble = None, f"netlink socket refused: {error}"
-            self.has_failed = isinstance(error, OSError)
+            self._monitor, self._trouble = None, f"cannot listen: {error}"
+            # Without a number it is the dynamic linker's: there is no libudev.
+            self.has_failed = isinstance(error, OSError) and error.errno is not None
 
     def _enlarge(self) -> None:
         # Needs CAP_NET_ADMIN, which the sandboxed detector does without: an overflow is recovered from.
@@ -123,6 +128,29 @@ class Uevent:
 
     def close(self) -> None:
         self._monitor = None
+
+
+def _import_pyudev() -> Any:
+    """pyudev without its search for libudev.
+
+    It asks ctypes.util for a name that is known. That module takes a megabyte with what it imports, and runs ldconfig,
+    or even a compiler, for the answer: not what a root daemon should do at its start.
+    """
+    asked = ModuleType("ctypes.util")
+    vars(asked)["find_library"] = _LIBRARIES.get
+    if sys.modules.setdefault("ctypes.util", asked) is asked:
+        try:
+            import pyudev
+        except ImportError:
+            # It wants more of that module than this.
+            pass
+        else:
+            return pyudev
+        finally:
+            del sys.modules["ctypes.util"]
+    import pyudev
+
+    return pyudev
 
 
 def kernel_sends_it(release: str) -> bool:
