@@ -50,6 +50,7 @@ runpy.run_module('vmfork.daemon', run_name='__main__', alter_sys=True)"
 
 def measure(restores: int) -> Chapter:
     chapter = Chapter(name="guest")
+    rss = Series(key="guest-rss", what="detector, idle, Debian 13's Python: RSS", unit="MiB", budget=18.0)
     missing = host.missing()
     if missing:
         chapter.remarks.append(f"Not measured: {missing}.")
@@ -58,11 +59,13 @@ def measure(restores: int) -> Chapter:
     with workspace() as directory:
         for processors in (1, 2):
             with _booted(guests, directory, processors) as guest:
+                rss.values.append(_rss_mib(guest))
                 chapter.series += _times(guest, f"{processors} vCPU, idle", restores, go_on=True)
                 if processors == 1:
                     chapter.series += _written(guest, restores)
                 _load(guest, processors)
                 chapter.series += _times(guest, f"{processors} vCPU, all of them busy", restores, go_on=False)
+    chapter.series.append(rss)
     chapter.remarks += [
         "Settled is when a program that waits in vmfork.settled() since before the snapshot goes on.",
         of_freezing(chapter),
@@ -93,6 +96,15 @@ def _booted(guests: Guests, directory: Path, processors: int) -> Iterator[Guest]
         yield ready(guest, probe=False)
     finally:
         guest.kill()
+
+
+def _detector(guest: Guest) -> str:
+    return guest.check("systemctl", "show", "--property=MainPID", "--value", "vmforkd").strip()
+
+
+def _rss_mib(guest: Guest) -> float:
+    rollup = guest.check("cat", f"/proc/{_detector(guest)}/smaps_rollup")
+    return int(rollup.partition("\nRss:")[2].split()[0]) / 1024
 
 
 def _load(guest: Guest, processors: int) -> None:
@@ -158,7 +170,7 @@ def _written(guest: Guest, restores: int) -> list[Series]:
 
 
 def _written_since(guest: Guest, how: str, key: str, restores: int) -> tuple[Series, Series]:
-    pid = guest.check("systemctl", "show", "--property=MainPID", "--value", "vmforkd").strip()
+    pid = _detector(guest)
     guest.check("python3", _PAGES, "forget", pid)
     saved = guest.save(go_on=True)
     idle = Series(key=f"written-idle-{key}", what=f"pages written after a restore, no fork: {how}", unit="pages")
