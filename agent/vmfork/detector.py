@@ -71,7 +71,7 @@ class Decision:
 
 def decide(memory: Memory, wake_up: WakeUp) -> Decision:
     """Take the decision that the module describes."""
-    changed = tuple(name for name, value in wake_up.truths.items() if memory.truths.get(name, value) != value)
+    changed = tuple([name for name, value in wake_up.truths.items() if memory.truths.get(name, value) != value])
     open_credits = {name: end for name, end in memory.credits.items() if wake_up.now_ns < end}
     spoke = set()
     for name, count in wake_up.words.items():

@@ -86,15 +86,15 @@ class IntentFile:
             event.generation,
             event.token.hex(),
             event.kind,
-            _joined(f'"{name}"' for name in event.edges),
+            _joined([f'"{name}"' for name in event.edges]),
             _quoted(event.generation_id),
             _quoted(event.previous_generation_id),
             event.detected_at_ns,
             event.boottime_ns,
             "null" if identity is UNDECIDED else json.dumps(identity.to_json()),
             "null" if kmsg_sequence is None else kmsg_sequence,
-            _joined(f'"{name}":"{value.hex()}"' for name, value in truths.items()),
-            _joined(f'"{name}":{value}' for name, value in credited.items()),
+            _joined([f'"{name}":"{value.hex()}"' for name, value in truths.items()]),
+            _joined([f'"{name}":{value}' for name, value in credited.items()]),
         )
         note = text.encode()
         return len(note) <= _SIZE and os.pwrite(self._descriptor, note, 0) == len(note)

@@ -154,6 +154,8 @@ def test_a_suspension_that_acpi_survives_changes_nothing(guest: FakeGuest) -> No
     with RunningDaemon(guest) as daemon:
         guest.set_gpe("EN    ")
         guest.kmsg_line(RESUME_LINE)
+        # So that the line of the fork is not what comes after its ID was seen.
+        assert daemon.ctl("reload").returncode == 0
         guest.fork(fresh_id())
         event = daemon.settled(2)
         assert (event["generation"], event["edges"]) == (2, ["kmsg"])

@@ -48,8 +48,8 @@ BREAKS = (
     Break(
         name="truths are not compared",
         file="agent/vmfork/detector.py",
-        sound="if memory.truths.get(name, value) != value)",
-        broken="if memory.truths.get(name, value) is None)",
+        sound="if memory.truths.get(name, value) != value])",
+        broken="if memory.truths.get(name, value) is None])",
         red=(
             "tests/vm/test_matrix_arm64.py::test_a_vmclock_alone_tells_of_forks_by_its_poll",
             "tests/vm/test_matrix_kernels.py::test_without_a_driver_the_timer_notices_and_clones_differ",

@@ -24,7 +24,7 @@ TOKEN_BYTES = 16
 
 def _own_bytes(truths: Mapping[str, bytes], moment: Moment) -> bytes:
     """What no sibling has: the new truths (where the host gave each clone its own) and the clocks of this moment."""
-    return b"".join(truths[name] for name in sorted(truths)) + moment.to_bytes()
+    return b"".join([truths[name] for name in sorted(truths)]) + moment.to_bytes()
 
 
 def reseed_kernel(paths: Paths, truths: Mapping[str, bytes], moment: Moment) -> str | None:
@@ -44,8 +44,5 @@ def new_token(paths: Paths, truths: Mapping[str, bytes], moment: Moment) -> byte
 
     Even where the kernel's generator could not be reseeded, clones with different IDs or clocks get different tokens.
     """
-    digest = blake2b(digest_size=TOKEN_BYTES, person=b"vmfork-token")
-    digest.update(os.getrandom(32))
-    digest.update(kernelrng.hardware_bytes(paths, 32))
-    digest.update(_own_bytes(truths, moment))
-    return digest.digest()
+    mixed = os.getrandom(32) + kernelrng.hardware_bytes(paths, 32) + _own_bytes(truths, moment)
+    return blake2b(mixed, digest_size=TOKEN_BYTES, person=b"vmfork-token").digest()

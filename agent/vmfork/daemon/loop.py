@@ -20,6 +20,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 from vmfork.annotations import Any
 
+_READABLE = select.EPOLLIN
 _FEW = 64  # deadlines that are not worth a sweep
 # So much more between two looks at the clock than was waited for: the guest was paused, and its clock ran on. The
 # kernel's clocks of a paused guest stand still by design (kvmclock), but not where the processor's own counter is read.
@@ -58,6 +59,7 @@ class Loop:
         self._order = itertools.count()
         self._sweep_at = _FEW
         self._running = True
+        self.ready: list[tuple[int, int]] = []  # descriptors of this round, with epoll's events
         self._wake_up: tuple[int, int] | None = None
         self._handlers: dict[int, Callable[[], None]] = {}
         self._looked = time.monotonic()
@@ -70,12 +72,13 @@ class Loop:
     def turn(self, patience: float | None) -> None:
         """One round: wait that many seconds at most (None: for ever), call what is ready, run what is due."""
         self._waited = patience or 0.0
-        ready = self._epoll.poll(patience, _ROUND)
-        for descriptor, events, watched in [(one, events, self._watched.get(one)) for one, events in ready]:
+        ready = self.ready = self._epoll.poll(patience, _ROUND)
+        known = self._watched
+        for descriptor, events, watched in [(one, events, known.get(one)) for one, events in ready]:
             # An earlier call of this round may have unregistered it, and its number may be another file's by now.
-            if watched is not None and self._watched.get(descriptor) is watched:
+            if watched is not None and known.get(descriptor) is watched:
                 interest, action = watched
-                action(_mask(events) & interest)
+                action((EVENT_READ if events == _READABLE else _mask(events)) & interest)
         self._run_due()
 
     def stop(self) -> None:

@@ -35,8 +35,9 @@ class Refusals:
                 self._again[what] = write
             self.refused()
             return False
-        self.problems.pop(what, None)
-        self._again.pop(what, None)
+        if what in self.problems:
+            del self.problems[what]
+            self._again.pop(what, None)
         return True
 
     def try_again(self) -> None:

@@ -7,20 +7,11 @@ Until the generation ID is seen in this boot, the one on disk stands in for it: 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vmfork.daemon.ledger import Ledger
 from vmfork.detector import GENERATION_ID, Decision, Memory
 from vmfork.model import Kind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sight:
-    """What one decision was about: `kind` of the fork if it was one, `first` if the ID was not known in this boot."""
-
-    first: bool
-    kind: Kind
-    previous_id: bytes | None
 
 
 class Seen:
@@ -35,8 +26,11 @@ class Seen:
             truths.setdefault(GENERATION_ID, saved.generation_id)
         self.memory = Memory(truths=truths, credits=remembered.credits)
 
-    def learn(self, decision: Decision, truths: Mapping[str, bytes]) -> Sight:
-        """Take over what was decided on these truths."""
+    def learn(self, decision: Decision, truths: Mapping[str, bytes]) -> tuple[bool, Kind]:
+        """Take over what was decided on these truths; whether the ID is seen for the first time in this boot.
+
+        And of which kind the fork is, if it was one.
+        """
         was, self.memory = self.memory, decision.memory
         first = GENERATION_ID in truths and (self._id_is_from_disk or GENERATION_ID not in was.truths)
         is_cold = first and self._id_is_from_disk and self._is_another_boot and GENERATION_ID in decision.changed
@@ -45,8 +39,7 @@ class Seen:
             # Whether this is a clone of a disk is still to be seen, also after a fork without a readable ID.
             kept = {GENERATION_ID: was.truths[GENERATION_ID], **self.memory.truths}
             self.memory = replace(self.memory, truths=kept)
-        kind = Kind.COLD if is_cold else Kind.LIVE
-        return Sight(first=first, kind=kind, previous_id=was.truths.get(GENERATION_ID))
+        return first, Kind.COLD if is_cold else Kind.LIVE
 
     @property
     def in_this_boot(self) -> Memory:

@@ -76,11 +76,14 @@ class Sources:
 
     def _report_lost(self, role: Role, live: frozenset[str], why_not: Mapping[str, object]) -> None:
         """Say which sources were live when one last looked and are no longer, once for each time that it happens."""
-        for name in sorted((self._live.get(role, frozenset()) - live) & why_not.keys()):
+        before = self._live.get(role, live)
+        self._live[role] = live
+        if before == live:
+            return
+        for name in sorted((before - live) & why_not.keys()):
             what = "no longer announces forks" if role is Role.EDGE else "can no longer be read"
             fields = {"MESSAGE_ID": ids.SOURCE_LOST, "VMFORK_SOURCE": name}
             log.warning("%s %s: %s", name, what, why_not[name], extra=fields)
-        self._live[role] = live
 
     def _may_use_memory(self) -> bool:
         if self._memory_policy == "auto":

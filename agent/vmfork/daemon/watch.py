@@ -10,6 +10,7 @@ import logging
 import select
 import time
 from collections.abc import Callable, Mapping, Sequence
+from selectors import EVENT_READ
 
 from vmfork import settings
 from vmfork.config import Config
@@ -53,6 +54,7 @@ class Watch:
         self._ledger = ledger
         self._poll = select.poll()
         self._watched: dict[int, str] = {}
+        self._answered: list[tuple[int, int]] | None = None
         self._timer = Timer(loop, probe=self._probe)
         self.detection = Detection.NONE
         self._seen = Seen(ledger)
@@ -94,7 +96,7 @@ class Watch:
         self._watched = {edge.fileno(): edge.name for edge in self.sources.edges() if edge.fileno() >= 0}
         for descriptor in self._watched:
             self._poll.register(descriptor, select.POLLIN)
-            self._loop.watch(descriptor, self._on_readable)
+            self._loop.register(descriptor, EVENT_READ, self._on_readable)
         truths = self._look()
         self.detection = self.sources.detection(truths)
         self._ledger.show_detection(self.detection)
@@ -112,11 +114,11 @@ class Watch:
         else:
             self._timer.stop()
 
-    def _on_readable(self) -> None:
-        # Another edge's call in this round may have drained this one too.
-        ready = self._ready()
-        if ready:
-            self._wake(ready)
+    def _on_readable(self, _mask: int) -> None:
+        # One decision for all edges of a round.
+        if self._answered is not self._loop.ready:
+            self._answered = self._loop.ready
+            self._wake(frozenset([self._watched[one] for one, _ in self._answered if one in self._watched]))
 
     def _ready(self) -> frozenset[str]:
         return frozenset(self._watched[descriptor] for descriptor, _ in self._poll.poll(0))
@@ -129,34 +131,36 @@ class Watch:
             edge.name: edge.drain() if not ready or edge.name in ready else NOTHING for edge in self.sources.edges()
         }
         truths = self.sources.read_truths()
-        words = self._words(heard, truths)
+        asks_counters = heard["kmsg"].lost and GENERATION_ID not in truths
+        words = self._words(heard, asks_counters=asks_counters)
         was = self._seen.memory
         decision = decide(
             was, WakeUp(now_ns=time.monotonic_ns(), words=words, truths=truths, listening=self.sources.listening)
         )
-        sight = self._seen.learn(decision, truths)
+        first_sight, kind = self._seen.learn(decision, truths)
         if decision.fork:
             # The counters speak for the line of the log that was lost.
             spoke = {"kmsg" if name == interrupts.NAME else name for name in words} | (ready & {VMCLOCK, "timer"})
             self._announcer.announce(
                 Found(
-                    kind=sight.kind,
+                    kind=kind,
                     edges=tuple(sorted(spoke)),
                     truths=truths,
-                    previous_id=sight.previous_id,
+                    previous_id=was.truths.get(GENERATION_ID),
                     kernel=heard["kmsg"],
-                    counters_are_old=not _asks_counters(heard, truths),
+                    counters_are_old=not asks_counters,
                 )
             )
         elif decision.memory != was or any(words.values()):
             self._announcer.note()
-        self._follow_up(decision, heard, first_sight=sight.first)
+        self._follow_up(decision, heard, first_sight=first_sight)
 
-    def _words(self, heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> dict[str, int]:
+    def _words(self, heard: Mapping[str, Heard], *, asks_counters: bool) -> dict[str, int]:
         words = {name: said.words for name, said in heard.items() if said.words}
-        # They cannot be lost. In no other case before the page: they are a column for each processor, and take longer
-        # to read than everything else that a fork waits for.
-        if _asks_counters(heard, truths) and self._announcer.counters.have_moved():
+        # The interrupt counters cannot be lost, as what the kernel said can, and count where no ID can be read. In no
+        # other case before the page: they are a column for each processor, and take longer to read than everything
+        # else that a fork waits for.
+        if asks_counters and self._announcer.counters.have_moved():
             words[interrupts.NAME] = 1
         return words
 
@@ -219,8 +223,3 @@ class Watch:
             heard_by_reading = {VMCLOCK} & changed & set(self._watched.values())
             self._loop.after(0, lambda: self._wake(self._ready() | heard_by_reading))
         return truths
-
-
-def _asks_counters(heard: Mapping[str, Heard], truths: Mapping[str, bytes]) -> bool:
-    """The interrupt counters count where no ID can be read and what the kernel said may be among what was lost."""
-    return heard["kmsg"].lost and GENERATION_ID not in truths

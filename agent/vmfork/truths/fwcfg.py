@@ -19,10 +19,10 @@ _ID_SIZE = 16
 _ADDRESS_SIZE = 8
 
 
-def parse_generation_id(blob: bytes, place: str) -> bytes:
+def parse_generation_id(blob: bytes, path: str) -> bytes:
     """The 16 bytes of the generation ID in memory order; InputError where the blob ends before them."""
     if len(blob) < _ID_OFFSET + _ID_SIZE:
-        raise InputError(place, f"ends after {len(blob)} bytes, a generation ID ends at {_ID_OFFSET + _ID_SIZE}")
+        raise InputError(shown(path), f"ends after {len(blob)} bytes, a generation ID ends at {_ID_OFFSET + _ID_SIZE}")
     return blob[_ID_OFFSET : _ID_OFFSET + _ID_SIZE]
 
 
@@ -56,15 +56,15 @@ class FwCfgGenerationId:
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
+        self._path = paths.fw_cfg_guid
 
     def read(self) -> bytes:
-        path = self._paths.fw_cfg_guid
         try:
             # No more than is needed: without DMA every byte of a read is an exit to the hypervisor.
-            blob = read_start(path, _ID_OFFSET + _ID_SIZE)
+            blob = read_start(self._path, _ID_OFFSET + _ID_SIZE)
         except AbsentError as error:
-            raise _explained(self._paths, path, error) from error
-        return parse_generation_id(blob, shown(path))
+            raise _explained(self._paths, self._path, error) from error
+        return parse_generation_id(blob, self._path)
 
 
 def _explained(paths: Paths, path: str, error: AbsentError) -> AbsentError:

@@ -40,21 +40,17 @@ def read_start(path: str, size: int) -> bytes:
     except OSError as error:
         raise absent(path, error) from error
     try:
-        return _read_up_to(fd, size)
+        data = os.pread(fd, size, 0)
+        # kernfs hands out at most one memory page per read, however much is asked for.
+        while data and len(data) < size:
+            more = os.pread(fd, size - len(data), len(data))
+            if not more:
+                break
+            data += more
     except OSError as error:
         raise absent(path, error) from error
     finally:
         os.close(fd)
-
-
-def _read_up_to(fd: int, size: int) -> bytes:
-    data = os.pread(fd, size, 0)
-    # kernfs hands out at most one memory page per read, however much is asked for.
-    while data and len(data) < size:
-        more = os.pread(fd, size - len(data), len(data))
-        if not more:
-            break
-        data += more
     return data
 
 

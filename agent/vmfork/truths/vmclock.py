@@ -39,7 +39,8 @@ class VmclockDevice:
         self._paths = paths
         self._update_sec = update_sec
         self._fd = -1
-        self._path = paths.devices + "/vmclock0"
+        self._directory = paths.devices
+        self._path = self._directory + "/vmclock0"
         self.disruptions = 0
         self._marker: int | None = None
         # When the directory changed last, as long as it held no device: it need not be listed again for every read.
@@ -111,24 +112,23 @@ class VmclockDevice:
         if problems:
             raise problems[0]
         raise AbsentError(
-            f"{shown(self._paths.devices)}: no vmclock device",
+            f"{shown(self._directory)}: no vmclock device",
             hint="needs a hypervisor that offers one and Linux 6.13 or newer (devicetree: 7.0) with its driver",
         )
 
     def _changed_at(self) -> int | None:
         try:
-            return os.stat(self._paths.devices).st_mtime_ns
+            return os.stat(self._directory).st_mtime_ns
         except OSError:
             return None
 
     def _candidates(self) -> list[str]:
-        directory = self._paths.devices
         try:
-            names = os.listdir(directory)
+            names = os.listdir(self._directory)
         except OSError as error:
-            raise absent(directory, error) from error
+            raise absent(self._directory, error) from error
         numbers = sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
-        return [f"{directory}/vmclock{number}" for number in numbers]
+        return [f"{self._directory}/vmclock{number}" for number in numbers]
 
 
 def _opened(path: str) -> int:
