@@ -22,9 +22,10 @@ _IMPORTS = {
 @pytest.mark.parametrize("program", _IMPORTS)
 def test_does_not_load_typing(program: str) -> None:
     # In an interpreter of its own: this one has imported everything.
-    code = f"import sys; sys.path.insert(0, {environment()['PYTHONPATH']!r}); {_IMPORTS[program]}; "
+    code = f"import sys; before = set(sys.modules); {_IMPORTS[program]}; "
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code + "print({'typing', 'subprocess'} & set(sys.modules))"],
+        [sys.executable, "-c", code + "print({'typing', 'subprocess'} & set(sys.modules) - before)"],
+        env=environment(),
         capture_output=True,
         text=True,
         check=True,
