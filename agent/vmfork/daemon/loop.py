@@ -59,7 +59,6 @@ class Loop:
         self._order = itertools.count()
         self._sweep_at = _FEW
         self._running = True
-        self.ready: list[tuple[int, int]] = []  # descriptors of this round, with epoll's events
         self._wake_up: tuple[int, int] | None = None
         self._handlers: dict[int, Callable[[], None]] = {}
         self._looked = time.monotonic()
@@ -72,7 +71,7 @@ class Loop:
     def turn(self, patience: float | None) -> None:
         """One round: wait that many seconds at most (None: for ever), call what is ready, run what is due."""
         self._waited = patience or 0.0
-        ready = self.ready = self._epoll.poll(patience, _ROUND)
+        ready = self._epoll.poll(patience, _ROUND)
         known = self._watched
         for descriptor, events, watched in [(one, events, known.get(one)) for one, events in ready]:
             # An earlier call of this round may have unregistered it, and its number may be another file's by now.

@@ -54,7 +54,6 @@ class Watch:
         self._ledger = ledger
         self._poll = select.poll()
         self._watched: dict[int, str] = {}
-        self._answered: list[tuple[int, int]] | None = None
         self._timer = Timer(loop, probe=self._probe)
         self.detection = Detection.NONE
         self._seen = Seen(ledger)
@@ -115,13 +114,14 @@ class Watch:
             self._timer.stop()
 
     def _on_readable(self, _mask: int) -> None:
-        # One decision for all edges of a round.
-        if self._answered is not self._loop.ready:
-            self._answered = self._loop.ready
-            self._wake(frozenset([self._watched[one] for one, _ in self._answered if one in self._watched]))
+        # Another edge's call in this round may have drained this one too. And two edges of one fork come microseconds
+        # apart: asking again finds the second one more often than what epoll said does, which is in its event then.
+        ready = self._ready()
+        if ready:
+            self._wake(ready)
 
     def _ready(self) -> frozenset[str]:
-        return frozenset(self._watched[descriptor] for descriptor, _ in self._poll.poll(0))
+        return frozenset([self._watched[descriptor] for descriptor, _ in self._poll.poll(0)])
 
     # Deciding.
 
