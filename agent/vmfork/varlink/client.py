@@ -13,12 +13,11 @@ import select
 import socket
 import time
 
+from vmfork.annotations import TYPE_CHECKING
 from vmfork.errors import DaemonUnreachable, ProtocolError, VmforkError
 from vmfork.varlink import framing
 from vmfork.varlink.address import Reachable
 
-# Type checkers take this name as true; importing typing would cost a watching program milliseconds.
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Self

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 
+from vmfork.annotations import TYPE_CHECKING
 from vmfork.errors import ProtocolError
 
-# Type checkers take this name as true; importing typing would cost a watching program milliseconds.
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
