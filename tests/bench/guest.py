@@ -98,12 +98,8 @@ def _booted(guests: Guests, directory: Path, processors: int) -> Iterator[Guest]
         guest.kill()
 
 
-def _detector(guest: Guest) -> str:
-    return guest.check("systemctl", "show", "--property=MainPID", "--value", "vmforkd").strip()
-
-
 def _rss_mib(guest: Guest) -> float:
-    rollup = guest.check("cat", f"/proc/{_detector(guest)}/smaps_rollup")
+    rollup = guest.check("cat", f"/proc/{view.main_pid(guest)}/smaps_rollup")
     return int(rollup.partition("\nRss:")[2].split()[0]) / 1024
 
 
@@ -170,7 +166,7 @@ def _written(guest: Guest, restores: int) -> list[Series]:
 
 
 def _written_since(guest: Guest, how: str, key: str, restores: int) -> tuple[Series, Series]:
-    pid = _detector(guest)
+    pid = view.main_pid(guest)
     guest.check("python3", _PAGES, "forget", pid)
     saved = guest.save(go_on=True)
     idle = Series(key=f"written-idle-{key}", what=f"pages written after a restore, no fork: {how}", unit="pages")

@@ -47,10 +47,6 @@ _HIDDEN = "install qemu_fw_cfg /bin/false\n"
 _NO_MEMORY = "[Detect]\nPhysicalMemory=no\n"
 
 
-def daemon_of(guest: Guest) -> str:
-    return guest.check("systemctl", "show", "--property=MainPID", "--value", "vmforkd.service").strip()
-
-
 def assert_nothing_new(guest: Guest, generation: int, what: str) -> None:
     """The daemon has looked at everything that reached it, and has seen no fork."""
     guest.check("vmforkctl", "reload", timeout=120)
@@ -59,7 +55,7 @@ def assert_nothing_new(guest: Guest, generation: int, what: str) -> None:
 
 def lose_records(guest: Guest) -> None:
     """Let the kernel's log run over while the daemon cannot read it."""
-    daemon = daemon_of(guest)
+    daemon = view.main_pid(guest)
     guest.check("kill", "-STOP", daemon)
     guest.check("python3", "-c", _FLOOD, timeout=120)
     guest.check("kill", "-CONT", daemon)
@@ -70,7 +66,7 @@ def restart(guest: Guest) -> None:
 
 
 def kill(guest: Guest) -> None:
-    before = daemon_of(guest)
+    before = view.main_pid(guest)
     guest.check("kill", "-KILL", before)
     script = 'now=$(systemctl show --property=MainPID --value vmforkd.service); test "$now" != 0 -a "$now" != "$1"'
     guest.until("sh", "-c", script, "kill", before, what="the daemon came back")
@@ -135,7 +131,7 @@ def test_what_happens_to_a_guest_is_no_fork_and_the_next_fork_is_noticed(trixie:
         alarm(guest)
         assert_nothing_new(guest, 1, alarm.__name__)
     assert view.status(guest)["detection"] == "event"
-    daemon = daemon_of(guest)
+    daemon = view.main_pid(guest)
     guest.check("kill", "-STOP", daemon)
     clone = clones.restore(guest.save(), "alarms-fork", guid=uuid.uuid4())
     clone.check("python3", "-c", _FLOOD, timeout=120)
@@ -198,7 +194,7 @@ def test_without_a_readable_id_the_kernels_word_is_taken_once(trixie: Saved, clo
         alarm(guest)
         assert_nothing_new(guest, 2, alarm.__name__)
     # Once more, and the line is lost before it can be read: the interrupt tells.
-    daemon = daemon_of(guest)
+    daemon = view.main_pid(guest)
     guest.check("kill", "-STOP", daemon)
     second = clones.restore(guest.save(), "hidden-lost", guid=uuid.uuid4())
     second.check("python3", "-c", _FLOOD, timeout=120)

@@ -133,13 +133,12 @@ def test_autopkgtests_of_the_running_system_pass(fresh: Fresh, clones: Clones, t
 @pytest.mark.parametrize("release", ["trixie"], indirect=True)
 def test_an_upgrade_over_the_running_daemon_is_no_fork_and_keeps_the_page(fresh: Fresh, clones: Clones) -> None:
     guest = clones.restore(fresh.saved, "upgraded", guid=fresh.saved.guid)
-    main_pid = ("systemctl", "show", "--property=MainPID", "--value", "vmforkd")
     page = ("stat", "--format=%i", "/run/vmfork/generation")
-    before, inode = guest.check(*main_pid), guest.check(*page)
+    before, inode = view.main_pid(guest), guest.check(*page)
     # The same packages once more: dpkg calls the maintainer scripts as for any other upgrade.
     guest.check("sh", "-c", f"cd /root && {' '.join(APT)} --reinstall install ./*.deb", timeout=SECONDS)
     view.wait_watching(guest)
-    assert guest.check(*main_pid) != before
+    assert view.main_pid(guest) != before
     assert guest.check(*page) == inode
     assert view.status(guest)["generation"] == 1
     assert view.events(guest) == []

@@ -130,11 +130,6 @@ def one_of(journal: list[dict[str, str]], **fields: str) -> dict[str, str]:
     return entry
 
 
-def main_process(guest: Guest, unit: str) -> str:
-    """The process ID of a service."""
-    return guest.check("systemctl", "show", "--property=MainPID", "--value", unit).strip()
-
-
 def test_the_default_reaction_with_nothing_to_renew(trixie: Saved, clones: Clones, measured: Measure) -> None:
     named = replace(trixie, spec=replace(trixie.spec, name=f"{trixie.spec.name}, nothing to renew"))
     clone = clones.restore(named, "default", guid=uuid.uuid4())
@@ -172,18 +167,18 @@ def test_the_sandboxed_daemon_reads_what_it_must_and_the_hooks_are_free(trixie: 
     assert hook.splitlines()[:4] == free.splitlines()[:4]
     assert "vmfork-react.service" in hook
     guest.check("test", "-e", "/usr/lab-was-here")
-    daemon = guest.check("sh", "-c", _CONFINEMENT, "confinement", main_process(guest, "vmforkd.service")).split()
+    daemon = guest.check("sh", "-c", _CONFINEMENT, "confinement", view.main_pid(guest, "vmforkd.service")).split()
     assert daemon[:6] == ["CapBnd:", "0000000400220000", "NoNewPrivs:", "1", "Seccomp:", "2"]
     assert daemon[6] not in hook
 
 
 def test_a_killed_daemon_leaves_a_page_that_says_so_and_comes_back(trixie: Saved, clones: Clones) -> None:
     guest = clones.restore(trixie, "killed", guid=trixie.guid)
-    before = main_process(guest, "vmforkd.service")
+    before = view.main_pid(guest, "vmforkd.service")
     seen = guest.json("python3", "-c", _KILL, before, timeout=120)
     assert [detection for _, detection in seen] == [2, 0, 2], seen
     view.wait_watching(guest)
-    assert main_process(guest, "vmforkd.service") not in ("0", before)
+    assert view.main_pid(guest, "vmforkd.service") not in ("0", before)
     assert view.status(guest)["generation"] == 1
     assert [one["kind"] for one in view.fence(guest)] == ["manual"]
 
@@ -194,12 +189,12 @@ def test_detector_and_reactor_killed_while_a_hook_runs_handle_the_fork_once(trix
     guest = clones.restore(first.save(), "slow-fork", guid=uuid.uuid4())
     began = "test $(wc -l </run/lab-slow) -ge "
     guest.until("sh", "-c", f"{began}1", seconds=120, what="the slow hook runs")
-    guest.check("kill", "-KILL", main_process(guest, "vmfork-react.service"))
+    guest.check("kill", "-KILL", view.main_pid(guest, "vmfork-react.service"))
     guest.until("sh", "-c", f"{began}2", seconds=120, what="it runs again after the reactor's death")
-    before = main_process(guest, "vmforkd.service")
+    before = view.main_pid(guest, "vmforkd.service")
     guest.check("kill", "-KILL", before)
     guest.until("sh", "-c", f"{began}3", seconds=120, what="it runs again after the detector's death")
-    assert main_process(guest, "vmforkd.service") != before
+    assert view.main_pid(guest, "vmforkd.service") != before
     guest.check("touch", "/run/lab-go")
     event = view.wait_event(guest, after=1)
     assert (event["generation"], event["kind"], event["state"]) == (2, "live", "settled"), event
@@ -215,7 +210,7 @@ def test_within_a_second_of_the_daemons_death_the_page_says_that_nobody_watches(
     guest = clones.restore(trixie, f"dead-{whom}", guid=trixie.guid)
     view.put(guest, "/run/systemd/system/vmforkd.service.d/lab.conf", _NO_RESTART)
     guest.check("systemctl", "daemon-reload")
-    seen = guest.json("python3", "-c", _DEATH, main_process(guest, "vmforkd.service"), whom, timeout=120)
+    seen = guest.json("python3", "-c", _DEATH, view.main_pid(guest, "vmforkd.service"), whom, timeout=120)
     print(f"nobody watches {seen['ms']:.0f} ms after the daemon's death")
     assert seen["before"] == [2, False]
     assert (seen["detection"], seen["after"]) == (0, "Unavailable")
@@ -231,7 +226,7 @@ def test_a_crash_leaves_nothing_in_a_pipe_of_core_pattern(trixie: Saved, clones:
     guest.run("sh", "-c", f"ulimit -c 0; {_CRASH}")
     guest.until("sh", "-c", "test -s /run/lab-core.*", what="the core of a process with the limit 0")
     guest.check("sh", "-c", "rm /run/lab-core.*")
-    guest.check("kill", "-SEGV", main_process(guest, "vmforkd.service"))
+    guest.check("kill", "-SEGV", view.main_pid(guest, "vmforkd.service"))
     guest.until("sh", "-c", "dmesg | grep -q 'RLIMIT_CORE.*set to 1'", what="the kernel refused")
     guest.check("sh", "-c", "! ls /run/lab-core.*")
     view.wait_watching(guest)
@@ -242,7 +237,7 @@ def test_a_clock_that_is_behind_is_stepped_and_the_event_says_how_far(trixie: Sa
     # The guest has none of its own; what counts is that a unit of this name is told.
     view.put(guest, "/run/systemd/system/systemd-timesyncd.service", "[Service]\nExecStart=sleep infinity\n")
     guest.check("systemctl", "start", "systemd-timesyncd.service")
-    before = main_process(guest, "systemd-timesyncd.service")
+    before = view.main_pid(guest, "systemd-timesyncd.service")
     guest.check("date", "--set=-1 hour")
     guest.check("vmforkctl", "trigger")
     event = view.wait_event(guest, after=1)
@@ -251,7 +246,7 @@ def test_a_clock_that_is_behind_is_stepped_and_the_event_says_how_far(trixie: Sa
     assert 3590e9 < event["clock_step_ns"] < 7200e9
     ahead = guest.check("sh", "-c", "echo $(($(cat /sys/class/rtc/rtc0/since_epoch) - $(date +%s)))")
     assert abs(int(ahead)) < 5
-    assert main_process(guest, "systemd-timesyncd.service") not in ("0", before)
+    assert view.main_pid(guest, "systemd-timesyncd.service") not in ("0", before)
 
 
 def test_every_fork_starts_what_is_wanted_by_the_target(trixie: Saved, clones: Clones) -> None:

@@ -81,6 +81,11 @@ def status(guest: Guest) -> dict[str, Any]:
     return answer
 
 
+def main_pid(guest: Guest, unit: str = "vmforkd.service") -> str:
+    """The process of a service, by the service manager."""
+    return guest.check("systemctl", "show", "--property=MainPID", "--value", unit).strip()
+
+
 def source(guest: Guest, name: str, role: str) -> dict[str, Any]:
     """One source of `vmforkctl sources`."""
     found = [one for one in status(guest)["sources"] if (one["name"], one["role"]) == (name, role)]
